@@ -1,0 +1,1 @@
+//! The block section: schedule, source and destination of a disk migration.

@@ -1,0 +1,1 @@
+//! Aligned buffers with a byte budget, and the zero test.

@@ -1,0 +1,1 @@
+//! Migration channels: addresses, listeners, reader and writer halves, stop, rate limit.

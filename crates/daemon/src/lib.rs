@@ -1,0 +1,1 @@
+//! The storage daemon as a library: exports, QMP commands, migration jobs.

@@ -1,0 +1,1 @@
+//! The migration engine: parameters, status, source, destination, hand-over.

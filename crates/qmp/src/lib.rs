@@ -1,0 +1,1 @@
+//! QMP: the protocol, server session and client.

@@ -1,0 +1,1 @@
+//! Registry, handlers, and the machines that save and load a stream.

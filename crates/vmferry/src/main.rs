@@ -1,0 +1,2 @@
+//! The `vmferry` program.
+fn main() {}
