@@ -10,5 +10,5 @@ mod node;
 pub use device::{BlockDevice, Cached, DiskError, Extent, ExtentKind, Limits, Unmap};
 pub use dirty::{CHUNK_BYTES, Chunk, DirtyBitmap};
 pub use node::{
-    Claim, Hold, InUse, Lease, Leaving, Node, ReadPermit, Refusal, Subscription, WritePermit,
+    Claim, Claimer, Hold, InUse, Lease, Leaving, Node, ReadPermit, Refusal, Subscription, WritePermit,
 };

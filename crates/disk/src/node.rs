@@ -419,6 +419,12 @@ impl Lease {
         }
     }
 
+    /// A handle that can claim chunks, for the thread that reads them.
+    #[must_use]
+    pub fn claimer(&self) -> Claimer {
+        Claimer { node: Arc::clone(&self.node) }
+    }
+
     /// A migration has filled the disk: it is live here from now on.
     pub fn arrive(self) {
         lock(&self.node.occupancy).resting = Hold::Nothing;
@@ -471,6 +477,27 @@ impl Leaving {
     pub fn give_up(self) {
         self.lease.vacate();
         self.lease.node.set_level(LEVEL_DEPARTED);
+    }
+}
+
+/// The part of a lease that looks at the disk.
+#[derive(Debug)]
+pub struct Claimer {
+    node: Arc<Node>,
+}
+
+impl Claimer {
+    /// The disk.
+    #[must_use]
+    pub fn node(&self) -> &Arc<Node> {
+        &self.node
+    }
+
+    /// Clear the dirty bits of these chunks and be allowed to look at them.
+    pub fn claim(&self, chunks: Range<u64>) -> Claim {
+        let chunks = chunks.start..chunks.end.min(self.node.dirty.chunks());
+        self.node.dirty.clear(chunks.clone());
+        Claim { node: Arc::clone(&self.node), chunks }
     }
 }
 
@@ -529,9 +556,10 @@ impl Claim {
         self.node.device.read_at(buf, self.bytes().start)
     }
 
-    /// Read from the claim's start what is in memory.
-    pub fn read_cached(&self, buf: &mut [u8]) -> Result<Cached, DiskError> {
-        self.node.device.read_cached_at(buf, self.bytes().start)
+    /// Read what is in memory, from `skip` bytes into the claim on.
+    pub fn read_cached(&self, skip: u64, buf: &mut [u8]) -> Result<Cached, DiskError> {
+        debug_assert!(skip + buf.len() as u64 <= self.bytes().end - self.bytes().start);
+        self.node.device.read_cached_at(buf, self.bytes().start + skip)
     }
 
     /// Give the chunks back unread: they are dirty.
