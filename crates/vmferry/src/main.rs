@@ -1,2 +1,47 @@
-//! The `vmferry` program.
-fn main() {}
+//! The `vmferry` program: live migration for virtual machines and their disks.
+
+#![forbid(unsafe_code)]
+#![expect(dead_code, reason = "the commands that use it follow")]
+
+mod commands;
+mod exit;
+mod flags;
+mod render;
+mod signals;
+
+use std::io;
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use exit::{Exit, Failure};
+use flags::{Cli, Command, LogFlags};
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    log_to_stderr(cli.log);
+    match run(cli) {
+        Ok(exit) => exit.into(),
+        Err(failure) => {
+            failure.report(&mut io::stderr());
+            failure.exit.into()
+        }
+    }
+}
+
+fn run(cli: Cli) -> Result<Exit, Failure> {
+    match cli.command {
+        Command::Completions { shell } => commands::completions::run(shell),
+        Command::Man { dir } => commands::man::run(dir.as_deref()),
+        _ => Err(Failure::usage("not built yet")),
+    }
+}
+
+fn log_to_stderr(flags: LogFlags) {
+    tracing_subscriber::fmt()
+        .with_max_level(flags.filter())
+        .with_writer(io::stderr)
+        .without_time()
+        .with_target(false)
+        .init();
+}

@@ -1,0 +1,449 @@
+//! The command line: each command's options, and a module for each kind of value.
+
+pub(crate) mod disk;
+mod log;
+pub(crate) mod rate;
+pub(crate) mod size;
+pub(crate) mod time;
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use clap::builder::{OsStringValueParser, TypedValueParser};
+use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
+use clap_complete::Shell;
+
+use disk::DiskFlag;
+pub(crate) use log::LogFlags;
+use rate::Rate;
+use size::Size;
+use time::Millis;
+
+/// Live migration for virtual machines and their disks.
+///
+/// vmferry serves disks over NBD to any virtual machine monitor, and moves them to another host
+/// while guests write to them. It speaks QEMU's migration stream, so either end can be a QEMU
+/// that knows the "block" section.
+#[derive(Debug, Parser)]
+#[command(
+    name = "vmferry",
+    version,
+    propagate_version = true,
+    max_term_width = 100
+)]
+#[command(
+    disable_help_subcommand = false,
+    subcommand_required = true,
+    arg_required_else_help = true
+)]
+#[command(after_long_help = MAIN_HELP)]
+pub(crate) struct Cli {
+    #[command(flatten)]
+    pub(crate) log: LogFlags,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+const MAIN_HELP: &str = "\
+Addresses (URI, ADDR):
+  tcp:HOST:PORT     port 0 takes a free one; the address is reported
+  unix:PATH         control sockets are made with mode 0600
+  fd:N              an open descriptor of this process
+  exec:COMMAND      a shell command's standard input and output
+  file:PATH         a file; with ,offset=N from byte N on
+  -                 standard input or output
+
+Sizes take KiB, MiB, GiB or TiB (or K, M, G, T, which mean the same), times ms or s, rates a size
+and /s.
+
+Exit status:
+  0    whole and durable
+  1    failed; the source serves on and a retry is safe
+  2    wrong usage
+  3    undecided: nobody knows which side has the disks, they are held (see vmferry help resolve)
+  4    refused before anything was sent
+  130  cancelled
+
+First steps:
+  vmferry demo      shows a live migration on this machine";
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    Serve(ServeFlags),
+    Migrate(MigrateFlags),
+    Status(StatusFlags),
+    Cancel(CancelFlags),
+    Set(SetFlags),
+    Resolve(ResolveFlags),
+    Receive(ReceiveFlags),
+    Demo(DemoFlags),
+    /// Print a shell's completions
+    #[command(after_long_help = "Examples:
+  vmferry completions bash > /usr/share/bash-completion/completions/vmferry
+  vmferry completions fish > ~/.config/fish/completions/vmferry.fish")]
+    Completions {
+        /// The shell
+        shell: Shell,
+    },
+    /// Print the manual page, or write all of them into a folder
+    #[command(after_long_help = "Examples:
+  vmferry man | man -l -
+  vmferry man /usr/share/man/man1")]
+    Man {
+        /// Write vmferry.1 and a page for each command here
+        #[arg(value_hint = ValueHint::DirPath)]
+        dir: Option<PathBuf>,
+    },
+}
+
+const DISK_HELP: &str = "\
+A disk: NAME=PATH[,format=raw][,readonly=on][,size=S][,create=on][,overwrite=on]
+
+NAME is what guests ask for over NBD and what the migration stream says; both ends must use the \
+same. PATH is a raw file or a block device. Two commas in a row are one comma of the name or path.
+
+format=raw: the content is raw even if it starts like a qcow2 image. readonly=on: guests \
+cannot write. create=on with size=S: make the file, which must not exist. overwrite=on: a \
+migration may fill this disk although it holds data.";
+
+/// Serve disks over NBD, and migrate them out or in.
+///
+/// Each disk is exported under its name. With --incoming the exports answer reads, but hold writes
+/// until a migration has filled the disks. SIGTERM and Ctrl-C end the daemon in order: a running
+/// migration is cancelled, requests are finished, disks are synced.
+///
+/// Under systemd the daemon says when it is ready, and takes sockets over: those named "nbd",
+/// "qmp" and "incoming" (FileDescriptorName=) become what their names say, any other is for NBD.
+#[derive(Args, Debug)]
+#[command(after_long_help = "Examples:
+  Serve two disks, controlled through a socket:
+    vmferry serve --disk root=/vm/root.img --disk data=/dev/vg/data \\
+        --nbd unix:/run/vmferry/nbd.sock --qmp unix:/run/vmferry/qmp.sock
+
+  Wait for a migration into a new 20 GiB file:
+    vmferry serve --disk root=/vm/root.img,create=on,size=20GiB \\
+        --nbd unix:/run/vmferry/nbd.sock --qmp unix:/run/vmferry/qmp.sock \\
+        --incoming tcp:0.0.0.0:4444
+
+  Give a QEMU the disk:
+    qemu-system-x86_64 ... -drive if=virtio,format=raw,\\
+        file=nbd+unix:///root?socket=/run/vmferry/nbd.sock")]
+pub(crate) struct ServeFlags {
+    /// A disk: NAME=PATH[,OPTION...] (repeatable; --help lists the options)
+    #[arg(long, value_name = "DISK", required = true, long_help = DISK_HELP)]
+    #[arg(value_parser = disk_parser(), value_hint = ValueHint::FilePath)]
+    pub(crate) disk: Vec<DiskFlag>,
+    /// Listen for NBD clients here (repeatable)
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) nbd: Vec<String>,
+    /// Listen for control connections here (QMP)
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) qmp: Option<String>,
+    /// Wait for a migration here; the disks take no writes before it has completed
+    #[arg(long, value_name = "URI")]
+    pub(crate) incoming: Option<String>,
+    /// Keep the record of where each disk stands here, not beside the disk
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub(crate) state_dir: Option<PathBuf>,
+    /// Serve this disk although its record says that it moved, is arriving or is leaving
+    /// (repeatable)
+    ///
+    /// Only when you are sure that no other host serves it: what was written there is not here.
+    #[arg(long, value_name = "NAME", value_parser = name_parser())]
+    pub(crate) take_back: Vec<String>,
+    /// Report each listener as a JSON object on standard output
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Migrate the disks of a running daemon, and watch.
+///
+/// Ctrl-C cancels: the source serves on. When the terminal goes away the migration goes on without
+/// a watcher. exec:, fd:, file: and - are opened by this command, as this user and in this folder,
+/// and handed to the daemon, which must be reached through a unix socket then.
+#[derive(Args, Debug)]
+#[command(after_long_help = "Examples:
+  Move the disks to another host:
+    vmferry migrate --qmp unix:/run/vmferry/qmp.sock tcp:host2:4444
+
+  Through ssh, without any daemon over there:
+    vmferry migrate --qmp unix:/run/vmferry/qmp.sock \\
+        \"exec:ssh host2 vmferry receive - --disk root=/vm/root.img,create=on,size=20GiB\"
+
+  What would go wrong?
+    vmferry migrate --qmp unix:/run/vmferry/qmp.sock --check tcp:host2:4444
+
+  Into a file, which cannot answer:
+    vmferry migrate --qmp unix:/run/vmferry/qmp.sock --one-way file:/backup/vm.stream")]
+pub(crate) struct MigrateFlags {
+    #[command(flatten)]
+    pub(crate) daemon: DaemonFlags,
+    /// Where to
+    #[arg(value_name = "URI")]
+    pub(crate) uri: String,
+    /// Say what would go wrong, and send nothing
+    #[arg(long, conflicts_with_all = ["detach"])]
+    pub(crate) check: bool,
+    /// Migrate only this disk (repeatable); without it all disks that can be written to
+    #[arg(long, value_name = "NAME", value_parser = name_parser())]
+    pub(crate) disk: Vec<String>,
+    #[command(flatten)]
+    pub(crate) limits: LimitFlags,
+    /// Send zeroes as data, for a destination that does not know zero blocks (QEMU before 1.6)
+    #[arg(long)]
+    pub(crate) no_zero_blocks: bool,
+    /// The destination cannot answer: a file, or a pipe
+    ///
+    /// Nobody then says whether the disks arrived; the source gives them up as soon as the last
+    /// byte is on its way.
+    #[arg(long)]
+    pub(crate) one_way: bool,
+    /// Start the migration and do not watch
+    #[arg(long)]
+    pub(crate) detach: bool,
+    /// Report as JSON objects, one a line
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// The daemon to talk to.
+#[derive(Args, Debug)]
+pub(crate) struct DaemonFlags {
+    /// Control address of the running daemon
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) qmp: String,
+}
+
+/// Limits of a migration.
+#[derive(Args, Debug)]
+pub(crate) struct LimitFlags {
+    /// How long guests may have to wait at the switch-over, such as 300ms
+    #[arg(long, value_name = "TIME")]
+    pub(crate) downtime: Option<Millis>,
+    /// How much may be sent, such as 100MiB/s, or "unlimited"
+    #[arg(long, value_name = "RATE")]
+    pub(crate) bandwidth: Option<Rate>,
+}
+
+/// Say how the migration of a running daemon stands.
+#[derive(Args, Debug)]
+#[command(after_long_help = "Examples:
+  vmferry status --qmp unix:/run/vmferry/qmp.sock
+  vmferry status --qmp unix:/run/vmferry/qmp.sock --json | jq .status")]
+pub(crate) struct StatusFlags {
+    #[command(flatten)]
+    pub(crate) daemon: DaemonFlags,
+    /// Print the daemon's answer (QMP query-migrate) as it is
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Cancel the migration of a running daemon.
+///
+/// The source serves on. From the moment on when the destination may have taken the disks, a
+/// migration cannot be cancelled any more.
+#[derive(Args, Debug)]
+#[command(after_long_help = "Examples:
+  vmferry cancel --qmp unix:/run/vmferry/qmp.sock")]
+pub(crate) struct CancelFlags {
+    #[command(flatten)]
+    pub(crate) daemon: DaemonFlags,
+}
+
+/// Change the limits of a running daemon's migration.
+///
+/// They hold at once, for a migration that runs and for those that follow.
+#[derive(Args, Debug)]
+#[command(after_long_help = "Examples:
+  A guest writes faster than its disk can be sent: let it wait longer, once.
+    vmferry set --qmp unix:/run/vmferry/qmp.sock --downtime 2s
+  vmferry set --qmp unix:/run/vmferry/qmp.sock --bandwidth unlimited")]
+#[command(group = clap::ArgGroup::new("limit").args(["downtime", "bandwidth"]).required(true).multiple(true))]
+pub(crate) struct SetFlags {
+    #[command(flatten)]
+    pub(crate) daemon: DaemonFlags,
+    #[command(flatten)]
+    pub(crate) limits: LimitFlags,
+}
+
+/// Decide which side has the disks after an undecided migration.
+///
+/// The connection broke between the last byte and the destination's answer, so this side holds its
+/// disks: nothing is read or written. Look at the destination. If its guest runs, or its daemon
+/// says that the migration completed, the disks live there.
+#[derive(Args, Debug)]
+#[command(after_long_help = "Examples:
+  The destination never took over, the disks live here:
+    vmferry resolve serve --qmp unix:/run/vmferry/qmp.sock
+
+  The destination has them:
+    vmferry resolve give-up --qmp unix:/run/vmferry/qmp.sock")]
+pub(crate) struct ResolveFlags {
+    /// What to do
+    pub(crate) decision: Decision,
+    #[command(flatten)]
+    pub(crate) daemon: DaemonFlags,
+}
+
+/// What becomes of held disks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Decision {
+    /// The disks live here: let guests go on
+    Serve,
+    /// The disks live at the destination: end what guests wait for here with an error
+    GiveUp,
+}
+
+/// Take a migration in without a daemon: disks into files.
+///
+/// Ends when the migration has: with status 0 every disk is whole and on stable storage.
+#[derive(Args, Debug)]
+#[command(after_long_help = "Examples:
+  Take a disk in, over TCP:
+    vmferry receive tcp:0.0.0.0:4444 --disk root=/vm/root.img,create=on,size=20GiB
+
+  Read a stream that was stored, and keep what is no disk (memory, devices):
+    vmferry receive file:/backup/vm.stream --disk root=/vm/root.img,overwrite=on \\
+        --save /backup/vm.rest")]
+#[command(group = clap::ArgGroup::new("into").args(["disk", "save"]).required(true).multiple(true))]
+pub(crate) struct ReceiveFlags {
+    /// Where the migration comes from
+    #[arg(value_name = "URI")]
+    pub(crate) uri: String,
+    /// A disk to fill: NAME=PATH[,OPTION...] (repeatable; --help lists the options)
+    #[arg(long, value_name = "DISK", long_help = DISK_HELP)]
+    #[arg(value_parser = disk_parser(), value_hint = ValueHint::FilePath)]
+    pub(crate) disk: Vec<DiskFlag>,
+    /// Write the stream without its disks to this new file
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub(crate) save: Option<PathBuf>,
+    /// Report the outcome as a JSON object (on standard error when the URI is -)
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Show a live migration on this machine: two daemons, a disk under load, verified.
+///
+/// Starts two daemons, writes to a disk of the first through NBD, migrates the disk to the second
+/// while the writing goes on, and then reads back every write that was acknowledged. All files are
+/// in a folder of their own, which is removed at the end.
+#[derive(Args, Debug)]
+#[command(after_long_help = "Examples:
+  vmferry demo
+  vmferry demo --size 4GiB --seed 7")]
+pub(crate) struct DemoFlags {
+    /// Size of the disk
+    #[arg(long, value_name = "SIZE", default_value = "1GiB")]
+    pub(crate) size: Size,
+    /// What the writes derive from; printed, so that a run can be repeated
+    #[arg(long, value_name = "N")]
+    pub(crate) seed: Option<u64>,
+    /// Report the outcome as a JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+fn disk_parser() -> impl TypedValueParser<Value = DiskFlag> {
+    OsStringValueParser::new().try_map(DiskFlag::try_from)
+}
+
+fn name_parser() -> impl TypedValueParser<Value = String> {
+    OsStringValueParser::new().try_map(|name: OsString| disk::disk_name(&name))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+    use clap::error::ErrorKind;
+
+    use super::*;
+
+    fn parse(line: &str) -> Result<Command, ErrorKind> {
+        Cli::try_parse_from(line.split(' '))
+            .map(|cli| cli.command)
+            .map_err(|error| error.kind())
+    }
+
+    #[test]
+    fn the_definition_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_command_that_people_type_has_examples() {
+        for command in Cli::command().get_subcommands() {
+            let help = command.get_after_long_help().map(ToString::to_string);
+            assert!(
+                help.is_some_and(|help| help.starts_with("Examples:")),
+                "{}",
+                command.get_name()
+            );
+        }
+    }
+
+    #[test]
+    fn every_option_is_described() {
+        for command in Cli::command().get_subcommands() {
+            for option in command.get_arguments() {
+                assert!(
+                    option.get_help().is_some(),
+                    "{} {}",
+                    command.get_name(),
+                    option.get_id()
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn a_whole_migration_is_said_in_one_line() {
+        let Ok(Command::Migrate(flags)) = parse(
+            "vmferry migrate --qmp unix:/q tcp:h:1 --disk a --disk b --downtime 300ms \
+             --bandwidth 100MiB/s --no-zero-blocks --one-way --json"
+                .split_whitespace()
+                .collect::<Vec<_>>()
+                .join(" ")
+                .as_str(),
+        ) else {
+            panic!("not understood");
+        };
+        assert_eq!(flags.daemon.qmp, "unix:/q");
+        assert_eq!(flags.uri, "tcp:h:1");
+        assert_eq!(flags.disk, ["a", "b"]);
+        assert_eq!(flags.limits.downtime, Some(Millis(300)));
+        assert_eq!(
+            flags.limits.bandwidth,
+            Some(Rate::BytesPerSecond(100 << 20))
+        );
+        assert!(flags.no_zero_blocks && flags.one_way && flags.json);
+        assert!(!flags.check && !flags.detach);
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_refused() {
+        use ErrorKind as E;
+        for (line, kind) in [
+            ("vmferry serve", E::MissingRequiredArgument),
+            ("vmferry serve --disk a", E::ValueValidation),
+            ("vmferry serve --disk a=b,format=qcow2", E::ValueValidation),
+            ("vmferry migrate tcp:h:1", E::MissingRequiredArgument),
+            (
+                "vmferry migrate --qmp q tcp:h:1 --check --detach",
+                E::ArgumentConflict,
+            ),
+            (
+                "vmferry migrate --qmp q tcp:h:1 --downtime 300",
+                E::ValueValidation,
+            ),
+            ("vmferry set --qmp q", E::MissingRequiredArgument),
+            ("vmferry resolve --qmp q", E::MissingRequiredArgument),
+            ("vmferry resolve perhaps --qmp q", E::InvalidValue),
+            ("vmferry receive tcp:h:1", E::MissingRequiredArgument),
+            ("vmferry demo --size 1GB", E::ValueValidation),
+            ("vmferry migrate --qmp q --vm v tcp:h:1", E::UnknownArgument),
+            ("vmferry send", E::InvalidSubcommand),
+        ] {
+            assert_eq!(parse(line).map(|_| ()), Err(kind), "{line}");
+        }
+    }
+}
