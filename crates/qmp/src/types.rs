@@ -1,0 +1,11 @@
+//! The types of the schema, with QEMU's names. What QEMU does not have is prefixed `x-`.
+
+mod block;
+mod job;
+mod machine;
+mod migrate;
+
+pub use block::*;
+pub use job::*;
+pub use machine::*;
+pub use migrate::*;

@@ -1,0 +1,259 @@
+//! Migration.
+
+use crate::schema::{enumeration, object};
+
+object! {
+    /// Arguments of `migrate`.
+    Migrate = "q_obj_migrate-arg" {
+        /// Where to: `tcp:HOST:PORT`, `unix:PATH`, `fd:NAME` (of `getfd`).
+        uri "uri": String,
+        /// With the disks. A storage daemon migrates nothing else: `false` is refused.
+        blk "blk": Option<bool>,
+        /// Only what the destination's base image does not have.
+        inc "inc": Option<bool>,
+        /// Taken for compatibility: the command always returns at once.
+        detach "detach": Option<bool>,
+        /// Only these disks.
+        x_disks "x-disks": Option<Vec<String>>,
+        /// The channel has no way back: nothing confirms that the destination took over.
+        x_one_way "x-one-way": Option<bool>,
+        /// Stop before anything is sent; say what would go wrong.
+        x_check "x-check": Option<bool>,
+    }
+}
+
+object! {
+    /// Arguments of `migrate-incoming`.
+    MigrateIncoming = "q_obj_migrate-incoming-arg" {
+        /// Where to listen: `tcp:HOST:PORT`, `unix:PATH`.
+        uri "uri": String,
+    }
+}
+
+object! {
+    /// Arguments of `migrate-set-parameters` and answer of `query-migrate-parameters`.
+    MigrationParameters = "MigrationParameters" {
+        /// Most bytes per second on the channel; 0 is no limit.
+        max_bandwidth "max-bandwidth": Option<u64>,
+        /// Longest time that guests may be held at the end, in milliseconds.
+        downtime_limit "downtime-limit": Option<u64>,
+    }
+}
+
+enumeration! {
+    /// A feature that can be switched.
+    MigrationCapability = "MigrationCapability" {
+        /// Send zero chunks without their data.
+        ZeroBlocks "zero-blocks",
+        /// Send `MIGRATION` and `MIGRATION_PASS`.
+        Events "events",
+        /// The destination answers; without it nothing confirms that it took over.
+        ReturnPath "return-path",
+        /// Wait in `pre-switchover` for `migrate-continue`.
+        PauseBeforeSwitchover "pause-before-switchover",
+    }
+}
+
+object! {
+    /// A feature and whether it is on.
+    MigrationCapabilityStatus = "MigrationCapabilityStatus" {
+        /// The feature.
+        capability "capability": MigrationCapability,
+        /// On.
+        state "state": bool,
+    }
+}
+
+object! {
+    /// Arguments of `migrate-set-capabilities`.
+    MigrateSetCapabilities = "q_obj_migrate-set-capabilities-arg" {
+        /// Those to change.
+        capabilities "capabilities": Vec<MigrationCapabilityStatus>,
+    }
+}
+
+enumeration! {
+    /// How far a migration is.
+    MigrationStatus = "MigrationStatus" {
+        /// There has been none.
+        None "none",
+        /// Connecting, opening.
+        Setup "setup",
+        /// A cancel is under way.
+        Cancelling "cancelling",
+        /// Cancelled; the source serves on.
+        Cancelled "cancelled",
+        /// Copying.
+        Active "active",
+        /// The guest runs on the destination, the rest is being fetched.
+        PostcopyActive "postcopy-active",
+        /// The link broke after that.
+        PostcopyPaused "postcopy-paused",
+        /// A recovery is being prepared.
+        PostcopyRecoverSetup "postcopy-recover-setup",
+        /// A recovery is under way.
+        PostcopyRecover "postcopy-recover",
+        /// Whole.
+        Completed "completed",
+        /// Failed.
+        Failed "failed",
+        /// In lockstep.
+        Colo "colo",
+        /// Waits for `migrate-continue`.
+        PreSwitchover "pre-switchover",
+        /// Guests are held, the last data is on its way.
+        Device "device",
+        /// Waits for devices to be unplugged.
+        WaitUnplug "wait-unplug",
+    }
+}
+
+object! {
+    /// Progress in bytes.
+    MigrationStats = "MigrationStats" {
+        /// Sent.
+        transferred "transferred": u64,
+        /// Still to send.
+        remaining "remaining": u64,
+        /// All there is.
+        total "total": u64,
+        /// Zero pages (chunks, for disks).
+        duplicate "duplicate": u64,
+        /// Pages (chunks) with data.
+        normal "normal": u64,
+        /// Their bytes.
+        normal_bytes "normal-bytes": u64,
+        /// Pages (chunks) written per second by guests.
+        dirty_pages_rate "dirty-pages-rate": u64,
+        /// Throughput in megabits per second.
+        mbps "mbps": f64,
+        /// Passes over what became dirty.
+        dirty_sync_count "dirty-sync-count": u64,
+        /// Pages asked for by the destination.
+        postcopy_requests "postcopy-requests": u64,
+        /// Size of a page (a chunk, for disks).
+        page_size "page-size": u64,
+        /// Bytes on extra channels.
+        multifd_bytes "multifd-bytes": u64,
+        /// Pages (chunks) per second.
+        pages_per_second "pages-per-second": u64,
+        /// Bytes before the guest was stopped.
+        precopy_bytes "precopy-bytes": u64,
+        /// Bytes while it was stopped.
+        downtime_bytes "downtime-bytes": u64,
+        /// Bytes after it ran on the destination.
+        postcopy_bytes "postcopy-bytes": u64,
+    }
+}
+
+enumeration! {
+    /// Who has the disks, once the end of the stream was given to the kernel.
+    HandOver = "XHandOver" {
+        /// Not there yet: the source has them.
+        NotYet "not-yet",
+        /// Nobody knows; both sides hold. `x-resolve` decides.
+        Undecided "undecided",
+        /// The source serves on.
+        Kept "kept",
+        /// The destination has them.
+        GivenUp "given-up",
+    }
+}
+
+object! {
+    /// Progress of one disk.
+    DiskProgress = "XDiskProgress" {
+        /// The disk.
+        name "name": String,
+        /// Its length in bytes.
+        total "total": u64,
+        /// Bytes sent, or received, with repetitions.
+        transferred "transferred": u64,
+        /// Bytes still to do.
+        remaining "remaining": u64,
+    }
+}
+
+object! {
+    /// Answer of `query-migrate`.
+    MigrationInfo = "MigrationInfo" {
+        /// How far it is.
+        status "status": Option<MigrationStatus>,
+        /// Memory.
+        ram "ram": Option<MigrationStats>,
+        /// Disks.
+        disk "disk": Option<MigrationStats>,
+        /// Since the start, in milliseconds.
+        total_time "total-time": Option<u64>,
+        /// How long guests would be held if it ended now, in milliseconds.
+        expected_downtime "expected-downtime": Option<u64>,
+        /// How long guests were held, in milliseconds.
+        downtime "downtime": Option<u64>,
+        /// From the command to the first data, in milliseconds.
+        setup_time "setup-time": Option<u64>,
+        /// Why it failed.
+        error_desc "error-desc": Option<String>,
+        /// Why none can be started.
+        blocked_reasons "blocked-reasons": Option<Vec<String>>,
+        /// Who has the disks.
+        x_hand_over "x-hand-over": Option<HandOver>,
+        /// The destination said that everything is synced.
+        x_durable "x-durable": Option<bool>,
+        /// What is being done, for people.
+        x_phase "x-phase": Option<String>,
+        /// Pass over the dirty chunks; 0 is the first copy.
+        x_pass "x-pass": Option<u64>,
+        /// Each disk.
+        x_disks "x-disks": Option<Vec<DiskProgress>>,
+        /// Bytes per second that guests make dirty.
+        x_dirty_rate "x-dirty-rate": Option<u64>,
+        /// Bytes per second on the channel.
+        x_bandwidth "x-bandwidth": Option<u64>,
+        /// Expected milliseconds to the end; left out when it will not end as things are.
+        x_forecast "x-forecast": Option<u64>,
+        /// Why it does not come to an end, and what would help.
+        x_stall "x-stall": Option<String>,
+    }
+}
+
+object! {
+    /// Arguments of `migrate-continue`.
+    MigrateContinue = "q_obj_migrate-continue-arg" {
+        /// The state that it waits in.
+        state "state": MigrationStatus,
+    }
+}
+
+enumeration! {
+    /// What becomes of disks whose hand-over is undecided.
+    Resolution = "XResolution" {
+        /// They are live here.
+        Serve "serve",
+        /// They are live elsewhere.
+        GiveUp "give-up",
+    }
+}
+
+object! {
+    /// Arguments of `x-resolve`.
+    Resolve = "q_obj_x-resolve-arg" {
+        /// The decision.
+        decision "decision": Resolution,
+    }
+}
+
+object! {
+    /// Data of `MIGRATION`.
+    MigrationEvent = "q_obj_MIGRATION-arg" {
+        /// How far it is now.
+        status "status": MigrationStatus,
+    }
+}
+
+object! {
+    /// Data of `MIGRATION_PASS`.
+    MigrationPassEvent = "q_obj_MIGRATION_PASS-arg" {
+        /// The pass that begins.
+        pass "pass": u64,
+    }
+}
