@@ -1,0 +1,7 @@
+//! Tests against real peers: QEMU 7.2, QEMU 10.0, a Linux guest. See `scripts/peers`.
+
+#[path = "../peers/mod.rs"]
+mod peers;
+
+mod qemu;
+mod receive;
