@@ -1,0 +1,389 @@
+//! The receiving owner of the `block` section.
+//!
+//! Chunks are written by one thread in the order of the stream, so that of several frames of one
+//! chunk the last one wins. Write-back starts while more arrives, so that the sync at the end is
+//! short. Neighbouring zero blocks are applied as one.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use vmferry_buffer::{Buffer, Pool};
+use vmferry_disk::{CHUNK_BYTES, Chunk, Filler, Limits};
+use vmferry_savevm::{HandlerError, LoadHandler};
+use vmferry_stream::{BLOCK_BYTES, BlockChunk, Record, Sector};
+
+use crate::apply::{Applier, ApplyError, Operation, Syncer};
+
+/// Figures that others watch while the destination works.
+#[derive(Debug, Default)]
+pub struct DestinationStats {
+    /// Bytes of disk that have arrived, counted every time.
+    pub arrived_bytes: AtomicU64,
+    /// Bytes of disk that arrived as zero blocks.
+    pub zero_bytes: AtomicU64,
+    /// What the source says of its bulk phase.
+    pub percent: AtomicU64,
+    /// The section has ended; nothing more will come.
+    pub ended: AtomicBool,
+}
+
+/// Memory for chunks that arrived and are not written, by default.
+const BUFFER_BUDGET_BYTES: usize = 32 << 20;
+
+/// A `block` section cannot be taken.
+#[derive(Debug, thiserror::Error)]
+pub enum DestinationError {
+    /// The stream names a disk that is not here.
+    #[error("the stream has a block of disk '{name}', which is not here (disks here: {here})")]
+    UnknownDisk {
+        /// The name in the stream.
+        name: String,
+        /// The names here.
+        here: String,
+    },
+    /// QEMU 7.2 sends every disk of a `-blockdev` under the empty name.
+    #[error(
+        "the stream has a block of a disk without a name: its source attached the disk with \
+         -blockdev, where names do not travel (give it as -drive with an id)"
+    )]
+    Nameless,
+    /// The same disk was given twice.
+    #[error("two disks are named '{name}'")]
+    Twice {
+        /// The name.
+        name: String,
+    },
+    /// The target cannot take anything.
+    #[error("disk '{name}' has length 0")]
+    Empty {
+        /// The name.
+        name: String,
+    },
+    /// The target must not be written.
+    #[error("disk '{name}' is read-only")]
+    ReadOnly {
+        /// The name.
+        name: String,
+    },
+    /// The source's disk is longer than the target.
+    #[error(
+        "disk '{name}': the block at byte {offset} lies beyond the end, the disk here is {length} \
+         bytes long"
+    )]
+    BeyondEnd {
+        /// The name.
+        name: String,
+        /// Where the block starts.
+        offset: u64,
+        /// How long the target is.
+        length: u64,
+    },
+    /// The section ended early.
+    #[error(
+        "disk '{name}': {missing} of {total} blocks never arrived, first at byte {offset}; the \
+         source ended its migration too early (QEMU's `migrate -b` does so unless its \
+         downtime-limit is 0)"
+    )]
+    Incomplete {
+        /// The name.
+        name: String,
+        /// Blocks that never came.
+        missing: u64,
+        /// Blocks of the disk.
+        total: u64,
+        /// Where the first missing one starts.
+        offset: u64,
+    },
+    /// A disk could not be written.
+    #[error(transparent)]
+    Apply(#[from] ApplyError),
+    /// A record of another section.
+    #[error("a record that does not belong into a block section: {0}")]
+    Foreign(String),
+}
+
+/// Receives disks as the `block` section.
+pub struct Destination {
+    disks: Vec<Disk>,
+    by_name: BTreeMap<String, usize>,
+    pool: Pool,
+    applier: Applier,
+    /// Where the payload that is being read belongs.
+    incoming: Option<Incoming>,
+    zeroes: Option<Zeroes>,
+    stats: Arc<DestinationStats>,
+}
+
+struct Disk {
+    name: String,
+    limits: Limits,
+    arrived: Vec<u64>,
+}
+
+struct Incoming {
+    disk: usize,
+    offset: u64,
+    buffer: Buffer,
+}
+
+struct Zeroes {
+    disk: usize,
+    offset: u64,
+    end: u64,
+}
+
+impl Destination {
+    /// Fill these disks, found by their nodes' names.
+    ///
+    /// # Errors
+    /// Two disks of one name, one that is read-only or empty, or no thread to be had.
+    pub fn new(fillers: Vec<Filler>) -> Result<Self, DestinationError> {
+        let mut by_name = BTreeMap::new();
+        let mut disks = Vec::with_capacity(fillers.len());
+        for (index, filler) in fillers.iter().enumerate() {
+            let disk = Disk::new(filler)?;
+            if by_name.insert(disk.name.clone(), index).is_some() {
+                return Err(DestinationError::Twice { name: disk.name });
+            }
+            disks.push(disk);
+        }
+        Ok(Self {
+            disks,
+            by_name,
+            pool: Pool::new(BLOCK_BYTES as usize, BUFFER_BUDGET_BYTES),
+            applier: Applier::start(fillers)?,
+            incoming: None,
+            zeroes: None,
+            stats: Arc::default(),
+        })
+    }
+
+    /// Waits for what has arrived, and makes it durable. Works on while the handler is busy.
+    #[must_use]
+    pub fn syncer(&self) -> Syncer {
+        self.applier.syncer()
+    }
+
+    /// Figures to watch.
+    #[must_use]
+    pub fn stats(&self) -> Arc<DestinationStats> {
+        Arc::clone(&self.stats)
+    }
+
+    fn locate(&self, name: &str, sector: Sector) -> Result<(usize, u64, u64), DestinationError> {
+        if name.is_empty() && !self.by_name.contains_key("") {
+            return Err(DestinationError::Nameless);
+        }
+        let Some(&index) = self.by_name.get(name) else {
+            let here = self
+                .by_name
+                .keys()
+                .map(|n| format!("'{n}'"))
+                .collect::<Vec<_>>();
+            let here = if here.is_empty() {
+                "none".to_owned()
+            } else {
+                here.join(", ")
+            };
+            return Err(DestinationError::UnknownDisk {
+                name: name.to_owned(),
+                here,
+            });
+        };
+        let length = self.disks[index].limits.length;
+        let offset = sector.start_byte();
+        if offset >= length {
+            let name = name.to_owned();
+            return Err(DestinationError::BeyondEnd {
+                name,
+                offset,
+                length,
+            });
+        }
+        Ok((
+            index,
+            offset,
+            offset.saturating_add(CHUNK_BYTES).min(length),
+        ))
+    }
+
+    fn zero(&mut self, name: &str, sector: Sector) -> Result<(), DestinationError> {
+        let (disk, offset, end) = self.locate(name, sector)?;
+        self.disks[disk].mark_arrived(offset);
+        self.stats
+            .arrived_bytes
+            .fetch_add(end - offset, Ordering::Relaxed);
+        self.stats
+            .zero_bytes
+            .fetch_add(end - offset, Ordering::Relaxed);
+        match &mut self.zeroes {
+            Some(zeroes) if zeroes.disk == disk && zeroes.end == offset => zeroes.end = end,
+            _ => {
+                self.apply_zeroes()?;
+                self.zeroes = Some(Zeroes { disk, offset, end });
+            }
+        }
+        Ok(())
+    }
+
+    fn apply_zeroes(&mut self) -> Result<(), DestinationError> {
+        if let Some(Zeroes { disk, offset, end }) = self.zeroes.take() {
+            self.applier.apply(Operation::Zero {
+                disk,
+                offset,
+                length: end - offset,
+            })?;
+        }
+        Ok(())
+    }
+
+    fn data(&mut self, name: &str, sector: Sector) -> Result<(), DestinationError> {
+        let (disk, offset, _) = self.locate(name, sector)?;
+        self.apply_zeroes()?;
+        let buffer = loop {
+            // The applier gives buffers back even after it has failed.
+            match self.pool.take() {
+                Some(buffer) => break buffer,
+                None => self.applier.check()?,
+            }
+        };
+        self.incoming = Some(Incoming {
+            disk,
+            offset,
+            buffer,
+        });
+        Ok(())
+    }
+
+    fn written(&mut self) -> Result<(), DestinationError> {
+        if let Some(Incoming {
+            disk,
+            offset,
+            buffer,
+        }) = self.incoming.take()
+        {
+            self.disks[disk].mark_arrived(offset);
+            let on_disk = self.disks[disk].limits.length - offset;
+            let length = usize::try_from(on_disk)
+                .unwrap_or(usize::MAX)
+                .min(buffer.len());
+            self.stats
+                .arrived_bytes
+                .fetch_add(length as u64, Ordering::Relaxed);
+            self.applier.apply(Operation::Write {
+                disk,
+                offset,
+                length,
+                buffer,
+            })?;
+        }
+        Ok(())
+    }
+
+    fn take(&mut self, record: &Record) -> Result<(), DestinationError> {
+        match record {
+            Record::Block(BlockChunk::Data { sector, device }) => self.data(device, *sector),
+            Record::Block(BlockChunk::Zero { sector, device }) => self.zero(device, *sector),
+            Record::Block(BlockChunk::Progress { percent }) => {
+                self.stats
+                    .percent
+                    .store(u64::from(*percent), Ordering::Relaxed);
+                Ok(())
+            }
+            Record::Block(BlockChunk::EndOfSection) => self.apply_zeroes(),
+            other => Err(DestinationError::Foreign(format!("{other:?}"))),
+        }
+    }
+
+    fn check_complete(&self) -> Result<(), DestinationError> {
+        self.disks.iter().try_for_each(Disk::check_complete)
+    }
+}
+
+impl LoadHandler for Destination {
+    fn start(&mut self, _version: u32) -> Result<(), HandlerError> {
+        Ok(())
+    }
+
+    fn record(&mut self, record: &Record) -> Result<(), HandlerError> {
+        self.applier.check()?;
+        Ok(self.take(record)?)
+    }
+
+    fn payload(&mut self, length: usize) -> Result<&mut [u8], HandlerError> {
+        let incoming = self
+            .incoming
+            .as_mut()
+            .filter(|incoming| incoming.buffer.len() == length);
+        match incoming {
+            Some(incoming) => Ok(&mut incoming.buffer),
+            None => Err(DestinationError::Foreign(format!("{length} bytes of payload")).into()),
+        }
+    }
+
+    fn payload_filled(&mut self) -> Result<(), HandlerError> {
+        Ok(self.written()?)
+    }
+
+    fn end(&mut self) -> Result<(), HandlerError> {
+        self.apply_zeroes()?;
+        self.check_complete()?;
+        self.stats.ended.store(true, Ordering::Release);
+        Ok(())
+    }
+}
+
+impl Disk {
+    fn new(filler: &Filler) -> Result<Self, DestinationError> {
+        let node = filler.node();
+        let (name, limits) = (node.name().to_owned(), node.limits());
+        if limits.length == 0 {
+            return Err(DestinationError::Empty { name });
+        }
+        if limits.read_only {
+            return Err(DestinationError::ReadOnly { name });
+        }
+        let words = Chunk::count(limits.length).div_ceil(64);
+        let arrived = vec![0; usize::try_from(words).unwrap_or(usize::MAX)];
+        Ok(Self {
+            name,
+            limits,
+            arrived,
+        })
+    }
+
+    fn mark_arrived(&mut self, offset: u64) {
+        let chunk = Chunk::containing(offset).0;
+        if let Ok(word) = usize::try_from(chunk / 64)
+            && let Some(word) = self.arrived.get_mut(word)
+        {
+            *word |= 1 << (chunk % 64);
+        }
+    }
+
+    fn check_complete(&self) -> Result<(), DestinationError> {
+        let total = Chunk::count(self.limits.length);
+        let arrived: u64 = self
+            .arrived
+            .iter()
+            .map(|word| u64::from(word.count_ones()))
+            .sum();
+        if arrived >= total {
+            return Ok(());
+        }
+        let is_missing = |chunk: &u64| {
+            let word = usize::try_from(chunk / 64)
+                .ok()
+                .and_then(|word| self.arrived.get(word));
+            word.is_none_or(|word| word & 1 << (chunk % 64) == 0)
+        };
+        let first = (0..total).find(is_missing).unwrap_or(0);
+        Err(DestinationError::Incomplete {
+            name: self.name.clone(),
+            missing: total - arrived,
+            total,
+            offset: Chunk(first).start_bytes(),
+        })
+    }
+}

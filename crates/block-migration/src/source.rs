@@ -1,0 +1,422 @@
+//! The sending owner of the `block` section.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use vmferry_buffer::{Buffer, Pool, is_zero};
+use vmferry_disk::{CHUNK_BYTES, Chunk, Claim, Claimer, DiskError, ExtentKind};
+use vmferry_savevm::{GuestStopped, HandlerError, Pending, Progress, SaveHandler, Sink};
+use vmferry_stream::{BlockChunk, Encoder, Name, Record, Sector};
+
+use crate::reads::{Finished, Reads};
+use crate::schedule::{
+    Content, DirtyView, DiskIndex, Frame, Left, RunKind, Schedule, Ticket, Work, chunk_runs,
+};
+
+/// Memory for chunks that were read and not sent, by default.
+const BUFFER_BUDGET_BYTES: usize = 64 << 20;
+
+/// A PART is ended after this many bytes, so that commands are heard.
+const PART_BYTES_MAX: u64 = 16 << 20;
+
+/// Extents that one allocation query looks at; a fragmented disk is asked again.
+const EXTENTS_MAX: usize = 512;
+
+/// How long an iteration waits for a read before it gives the turn back.
+const PATIENCE: Duration = Duration::from_millis(20);
+
+/// How to migrate.
+#[derive(Clone, Copy, Debug)]
+pub struct SourceOptions {
+    /// Send chunks that are all zero as zero blocks (QEMU's capability `zero-blocks`).
+    pub zero_blocks: bool,
+    /// Memory for chunks in bytes.
+    pub buffer_budget_bytes: usize,
+}
+
+impl Default for SourceOptions {
+    fn default() -> Self {
+        Self {
+            zero_blocks: true,
+            buffer_budget_bytes: BUFFER_BUDGET_BYTES,
+        }
+    }
+}
+
+/// A disk cannot be migrated.
+#[derive(Debug, thiserror::Error)]
+pub enum SourceError {
+    /// Nothing to do for a disk without content.
+    #[error("disk '{disk}' has length 0")]
+    Empty {
+        /// Its name.
+        disk: String,
+    },
+    /// The name does not fit the wire.
+    #[error("disk name '{disk}' is {} bytes long: at most 255 are allowed", disk.len())]
+    Name {
+        /// The name.
+        disk: String,
+    },
+    /// The wire has 54 bits for a sector number.
+    #[error("disk '{disk}' is longer than a stream can say")]
+    TooLong {
+        /// Its name.
+        disk: String,
+    },
+    /// A read failed.
+    #[error("disk '{disk}': {source}")]
+    Read {
+        /// Its name.
+        disk: String,
+        /// What the disk said.
+        source: DiskError,
+    },
+}
+
+/// Figures that others watch while the source runs.
+#[derive(Debug, Default)]
+pub struct SourceStats {
+    /// Sum of the disks' lengths in bytes.
+    pub total_bytes: AtomicU64,
+    /// Bytes of disk that the bulk phase has sent, holes included.
+    pub bulk_bytes: AtomicU64,
+    /// Bytes of disk sent, every time a chunk was sent.
+    pub sent_bytes: AtomicU64,
+    /// Bytes of disk sent as zero blocks.
+    pub zero_bytes: AtomicU64,
+    /// Is the bulk phase over?
+    pub bulk_over: AtomicBool,
+    /// Passes over the dirty chunks.
+    pub passes: AtomicU64,
+}
+
+/// Sends disks as the `block` section.
+pub struct Source<R> {
+    disks: Vec<Disk>,
+    schedule: Schedule<Buffer>,
+    pool: Pool,
+    reads: R,
+    options: SourceOptions,
+    stats: Arc<SourceStats>,
+    header: Vec<u8>,
+}
+
+struct Disk {
+    name: Name,
+    claimer: Claimer,
+    bytes: u64,
+}
+
+struct Dirty<'a>(&'a [Disk]);
+
+impl DirtyView for Dirty<'_> {
+    fn next_dirty(&self, disk: DiskIndex, from: Chunk) -> Option<Chunk> {
+        self.0.get(disk.0)?.claimer.node().dirty().next_dirty(from)
+    }
+
+    fn dirty_chunks(&self, disk: DiskIndex) -> u64 {
+        self.0
+            .get(disk.0)
+            .map_or(0, |disk| disk.claimer.node().dirty().count())
+    }
+}
+
+impl<R: Reads> Source<R> {
+    /// Send these disks under their nodes' names.
+    ///
+    /// # Errors
+    /// A disk of length 0, or a name that is longer than 255 bytes.
+    pub fn new(
+        claimers: Vec<Claimer>,
+        reads: R,
+        options: SourceOptions,
+    ) -> Result<Self, SourceError> {
+        let disks = claimers
+            .into_iter()
+            .map(Disk::new)
+            .collect::<Result<Vec<_>, _>>()?;
+        let lengths: Vec<u64> = disks.iter().map(|disk| disk.bytes).collect();
+        let chunk_bytes = usize::try_from(CHUNK_BYTES).unwrap_or(usize::MAX);
+        let stats = Arc::new(SourceStats::default());
+        stats
+            .total_bytes
+            .store(lengths.iter().sum(), Ordering::Relaxed);
+        Ok(Self {
+            disks,
+            schedule: Schedule::new(&lengths, options.buffer_budget_bytes / chunk_bytes),
+            pool: Pool::new(chunk_bytes, options.buffer_budget_bytes.max(chunk_bytes)),
+            reads,
+            options,
+            stats,
+            header: Vec::with_capacity(600),
+        })
+    }
+
+    /// Figures to watch.
+    #[must_use]
+    pub fn stats(&self) -> Arc<SourceStats> {
+        Arc::clone(&self.stats)
+    }
+
+    /// Start whatever the schedule asks for, up to the first read that was done on the spot: its
+    /// frame leaves while it is warm.
+    fn start_work(&mut self) -> Result<(), SourceError> {
+        while let Some(work) = self.schedule.next_work(&Dirty(&self.disks)) {
+            match work {
+                Work::Query { disk, chunks } => {
+                    let claim = self.disks[disk.0].claimer.claim(chunks);
+                    let runs = query(claim, self.disks[disk.0].bytes);
+                    self.schedule.queried(runs);
+                }
+                Work::Read {
+                    disk,
+                    chunk,
+                    ticket,
+                } => {
+                    if self.read(disk, chunk, ticket)? {
+                        return Ok(());
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Read at once what is in memory (true), else have it read.
+    fn read(&mut self, disk: DiskIndex, chunk: Chunk, ticket: Ticket) -> Result<bool, SourceError> {
+        let claim = self.disks[disk.0].claimer.claim(chunk.0..chunk.0 + 1);
+        // The schedule never asks for more chunks than the pool has buffers.
+        let Some(mut buffer) = self.pool.take() else {
+            return Ok(false);
+        };
+        match self.reads.read_now(&claim, &mut buffer) {
+            Some(Ok(())) => {
+                self.read_done(ticket, buffer);
+                Ok(true)
+            }
+            Some(Err(source)) => Err(self.read_error(disk, source)),
+            None => {
+                self.reads.submit(ticket, claim, buffer);
+                Ok(false)
+            }
+        }
+    }
+
+    fn read_done(&mut self, ticket: Ticket, buffer: Buffer) {
+        let content = if self.options.zero_blocks && is_zero(&buffer) {
+            Content::Zero
+        } else {
+            Content::Data(buffer)
+        };
+        self.schedule.read_done(ticket, content);
+    }
+
+    fn collect(&mut self, patience: Duration) -> Result<(), SourceError> {
+        let mut patience = patience;
+        while let Some(Finished { ticket, result }) = self.reads.finished(patience) {
+            match result {
+                Ok(buffer) => self.read_done(ticket, buffer),
+                Err(source) => {
+                    let disk = self.schedule.disk_of(ticket).unwrap_or(DiskIndex(0));
+                    return Err(self.read_error(disk, source));
+                }
+            }
+            patience = Duration::ZERO;
+        }
+        Ok(())
+    }
+
+    fn read_error(&self, disk: DiskIndex, source: DiskError) -> SourceError {
+        let disk = self.disks[disk.0].claimer.node().name().to_owned();
+        SourceError::Read { disk, source }
+    }
+
+    fn send(&mut self, frame: &Frame<Buffer>, sink: &mut dyn Sink) -> Result<u64, HandlerError> {
+        let disk = &self.disks[frame.disk.0];
+        let device = disk.name.clone();
+        let chunk_bytes = frame.chunk.length_bytes(disk.bytes) as u64;
+        let sector =
+            Sector::at_byte(frame.chunk.start_bytes()).ok_or_else(|| SourceError::TooLong {
+                disk: device.to_string(),
+            })?;
+        self.header.clear();
+        if let Some(percent) = frame.progress {
+            self.encode(BlockChunk::Progress { percent });
+        }
+        let wire_bytes = match &frame.content {
+            Content::Data(buffer) => {
+                self.encode(BlockChunk::Data { sector, device });
+                sink.put(&[&self.header, buffer])?;
+                self.header.len() + buffer.len()
+            }
+            Content::Zero => {
+                self.encode(BlockChunk::Zero { sector, device });
+                sink.put(&[&self.header])?;
+                self.stats
+                    .zero_bytes
+                    .fetch_add(chunk_bytes, Ordering::Relaxed);
+                self.header.len()
+            }
+        };
+        self.stats
+            .sent_bytes
+            .fetch_add(chunk_bytes, Ordering::Relaxed);
+        if frame.bulk {
+            self.stats
+                .bulk_bytes
+                .fetch_add(chunk_bytes, Ordering::Relaxed);
+        }
+        Ok(wire_bytes as u64)
+    }
+
+    fn encode(&mut self, chunk: BlockChunk) {
+        // Only RAM records depend on what was sent before.
+        Encoder::new(true).record(&Record::Block(chunk), &mut self.header);
+    }
+
+    fn publish(&self) {
+        self.stats
+            .bulk_over
+            .store(self.schedule.bulk_over().is_some(), Ordering::Relaxed);
+        self.stats
+            .passes
+            .store(self.schedule.dirty_passes(), Ordering::Relaxed);
+    }
+
+    fn end_of_section(&mut self, sink: &mut dyn Sink) -> Result<(), HandlerError> {
+        self.header.clear();
+        self.encode(BlockChunk::EndOfSection);
+        sink.put(&[&self.header])
+    }
+}
+
+impl<R: Reads> SaveHandler for Source<R> {
+    fn setup(&mut self, sink: &mut dyn Sink) -> Result<(), HandlerError> {
+        self.end_of_section(sink)
+    }
+
+    fn iterate(&mut self, sink: &mut dyn Sink) -> Result<Progress, HandlerError> {
+        let mut sent = 0;
+        let progress = loop {
+            self.collect(Duration::ZERO)?;
+            self.start_work()?;
+            while let Some(frame) = self.schedule.next_frame() {
+                sent += self.send(&frame, sink)?;
+                if sent >= PART_BYTES_MAX || sink.allowance() == 0 {
+                    break;
+                }
+            }
+            if sent >= PART_BYTES_MAX || sink.allowance() == 0 {
+                break Progress::Unfinished;
+            }
+            if self.schedule.is_idle(&Dirty(&self.disks)) {
+                break Progress::Finished;
+            }
+            if self.schedule.waits_for_reads() {
+                if sent > 0 {
+                    break Progress::Unfinished;
+                }
+                self.collect(PATIENCE)?;
+                if self.schedule.waits_for_reads() {
+                    break Progress::Waiting;
+                }
+            }
+        };
+        self.publish();
+        self.end_of_section(sink)?;
+        Ok(progress)
+    }
+
+    fn pending(&mut self) -> Pending {
+        match self.schedule.left(&Dirty(&self.disks)) {
+            Left::Bulk { chunks } => Pending::Bulk {
+                bytes: chunks * CHUNK_BYTES,
+            },
+            Left::Dirty { chunks } => {
+                let bytes = chunks * CHUNK_BYTES;
+                let read_time = match self.reads.bytes_per_second() {
+                    Some(rate) => Duration::from_secs_f64(bytes as f64 / rate.max(1) as f64),
+                    None => Duration::ZERO,
+                };
+                Pending::Dirty { bytes, read_time }
+            }
+        }
+    }
+
+    fn complete(
+        &mut self,
+        _stopped: &GuestStopped,
+        sink: &mut dyn Sink,
+    ) -> Result<(), HandlerError> {
+        while !self.schedule.is_idle(&Dirty(&self.disks)) {
+            sink.check()?;
+            self.collect(if self.schedule.waits_for_reads() {
+                PATIENCE
+            } else {
+                Duration::ZERO
+            })?;
+            self.start_work()?;
+            while let Some(frame) = self.schedule.next_frame() {
+                self.send(&frame, sink)?;
+            }
+        }
+        self.publish();
+        self.header.clear();
+        self.encode(BlockChunk::Progress { percent: 100 });
+        self.encode(BlockChunk::EndOfSection);
+        sink.put(&[&self.header])
+    }
+
+    fn cleanup(&mut self) {
+        while self.schedule.reads_in_flight() > 0 {
+            match self.reads.finished(Duration::from_secs(1)) {
+                Some(Finished { ticket, .. }) => self.schedule.read_done(ticket, Content::Zero),
+                None => break,
+            }
+        }
+    }
+}
+
+impl Disk {
+    fn new(claimer: Claimer) -> Result<Self, SourceError> {
+        let node = claimer.node();
+        let disk = node.name().to_owned();
+        let bytes = node.limits().length;
+        if bytes == 0 {
+            return Err(SourceError::Empty { disk });
+        }
+        let name = Name::new(&disk).map_err(|_| SourceError::Name { disk })?;
+        Ok(Self {
+            name,
+            bytes,
+            claimer,
+        })
+    }
+}
+
+/// Ask what of the claim is allocated. A query that fails counts as allocated: the read will tell.
+fn query(mut claim: Claim, disk_bytes: u64) -> Vec<(std::ops::Range<u64>, RunKind)> {
+    let chunks = claim.chunks();
+    let bytes = claim.bytes();
+    let mut offset = bytes.start;
+    let mut extents = Vec::new();
+    while offset < bytes.end && extents.len() < EXTENTS_MAX {
+        let (length, is_zero) = match claim.extent(offset) {
+            Ok(extent) => (extent.length.max(1), extent.kind != ExtentKind::Data),
+            Err(_) => (bytes.end - offset, false),
+        };
+        extents.push((length, is_zero));
+        offset = offset.saturating_add(length);
+    }
+    let mut runs = chunk_runs(chunks.clone(), disk_bytes, extents);
+    if runs.is_empty() {
+        // A chunk of more extents than we look at is not worth the trouble: read it.
+        runs.push((chunks.start..chunks.start + 1, RunKind::Data));
+    }
+    let covered = runs.last().map_or(0, |(run, _)| run.end - chunks.start);
+    let _looked_at = claim.split_front(covered);
+    claim.put_back();
+    runs
+}

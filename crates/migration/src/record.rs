@@ -1,0 +1,247 @@
+//! What a disk's file cannot say itself: does it live here?
+//!
+//! A record is a small file beside the disk (or in a state folder) that survives a crash. It is
+//! written before the step that it tells of:
+//!
+//! | state | written | a restarted daemon |
+//! |---|---|---|
+//! | `incoming` | before the first byte of an incoming migration | waits for a new one, never serves |
+//! | `arrived` | when everything is durable, before SHUT 0 | serves, also if told to wait |
+//! | `leaving` | before EOF is sent | holds the disk until `resolve` |
+//! | `moved` | after SHUT 0 | refuses the disk |
+//!
+//! A disk without a record lives here. Writing is atomic: a new file, synced, renamed over the old
+//! one, the folder synced.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{ErrorKind, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+/// Longest record file that is read, in bytes.
+const RECORD_BYTES_MAX: u64 = 4096;
+
+/// Where a disk stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Residence {
+    /// A migration into this disk has begun and not ended: its content is not whole.
+    Incoming,
+    /// A migration into this disk has ended well: it lives here.
+    Arrived,
+    /// It may live here or there; only a person (or the peer's late answer) can tell.
+    Leaving,
+    /// It lives elsewhere.
+    Moved,
+}
+
+impl std::fmt::Display for Residence {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Incoming => "incoming",
+            Self::Arrived => "arrived",
+            Self::Leaving => "leaving",
+            Self::Moved => "moved",
+        })
+    }
+}
+
+/// Content of a record file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Record {
+    /// Format of this file.
+    pub version: u32,
+    /// Name of the disk.
+    pub disk: String,
+    /// Where it stands.
+    pub residence: Residence,
+    /// The other side, as far as it is known.
+    pub peer: String,
+}
+
+/// A record could not be read or written.
+#[derive(Debug, thiserror::Error)]
+pub enum RecordError {
+    /// The host refused.
+    #[error("record '{}': cannot {operation}: {source}", path.display())]
+    Io {
+        /// Which file.
+        path: PathBuf,
+        /// What was tried.
+        operation: &'static str,
+        /// What the host said.
+        source: std::io::Error,
+    },
+    /// The file is not a record.
+    #[error("record '{}' is damaged ({reason}); remove it only if you know where the disk lives", path.display())]
+    Damaged {
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        reason: String,
+    },
+}
+
+/// The record of one disk.
+#[derive(Clone, Debug)]
+pub struct RecordFile {
+    disk: String,
+    path: PathBuf,
+}
+
+impl RecordFile {
+    /// The record of the disk `name` whose image is `image`: beside it, or in `state_dir`.
+    #[must_use]
+    pub fn new(name: &str, image: &Path, state_dir: Option<&Path>) -> Self {
+        let path = match state_dir {
+            Some(folder) => folder.join(format!("{}.vmferry", escape(name))),
+            None => {
+                let mut path = image.as_os_str().to_owned();
+                path.push(".vmferry");
+                PathBuf::from(path)
+            }
+        };
+        Self { disk: name.to_owned(), path }
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// What it says; `None` if there is no record.
+    ///
+    /// # Errors
+    /// A file that cannot be read, or is no record of this version.
+    pub fn read(&self) -> Result<Option<Record>, RecordError> {
+        let length = match fs::metadata(&self.path) {
+            Ok(metadata) => metadata.len(),
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+            Err(source) => return Err(self.io("read", source)),
+        };
+        if length > RECORD_BYTES_MAX {
+            return Err(self.damaged(format!("{length} bytes long")));
+        }
+        let text = fs::read(&self.path).map_err(|source| self.io("read", source))?;
+        let record: Record =
+            serde_json::from_slice(&text).map_err(|error| self.damaged(error.to_string()))?;
+        if record.version != 1 {
+            return Err(self.damaged(format!("version {}", record.version)));
+        }
+        Ok(Some(record))
+    }
+
+    /// Say where the disk stands. Durable when this returns.
+    ///
+    /// # Errors
+    /// What the host said; the old record is then still there.
+    pub fn write(&self, residence: Residence, peer: &str) -> Result<(), RecordError> {
+        let peer = peer.chars().take(1024).collect();
+        let record = Record { version: 1, disk: self.disk.clone(), residence, peer };
+        let text = serde_json::to_vec(&record).map_err(|e| self.damaged(e.to_string()))?;
+        let mut fresh = self.path.as_os_str().to_owned();
+        fresh.push(".new");
+        let fresh = PathBuf::from(fresh);
+        let mut file = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(&fresh)
+            .map_err(|source| self.io("create", source))?;
+        file.write_all(&text)
+            .and_then(|()| file.write_all(b"\n"))
+            .and_then(|()| file.sync_all())
+            .map_err(|source| self.io("write", source))?;
+        fs::rename(&fresh, &self.path).map_err(|source| self.io("rename", source))?;
+        self.sync_folder()
+    }
+
+    /// The disk lives here and nothing needs to be remembered. Durable when this returns.
+    ///
+    /// # Errors
+    /// What the host said.
+    pub fn clear(&self) -> Result<(), RecordError> {
+        match fs::remove_file(&self.path) {
+            Ok(()) => self.sync_folder(),
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+            Err(source) => Err(self.io("remove", source)),
+        }
+    }
+
+    fn sync_folder(&self) -> Result<(), RecordError> {
+        let folder = match self.path.parent() {
+            Some(folder) if !folder.as_os_str().is_empty() => folder,
+            _ => Path::new("."),
+        };
+        File::open(folder)
+            .and_then(|folder| folder.sync_all())
+            .map_err(|source| self.io("sync the folder of", source))
+    }
+
+    fn io(&self, operation: &'static str, source: std::io::Error) -> RecordError {
+        RecordError::Io { path: self.path.clone(), operation, source }
+    }
+
+    fn damaged(&self, reason: String) -> RecordError {
+        RecordError::Damaged { path: self.path.clone(), reason }
+    }
+}
+
+/// A disk name as a file name: everything but letters, digits, `-`, `_` and `.` as `%xx`.
+fn escape(name: &str) -> String {
+    let mut escaped = String::with_capacity(name.len());
+    for byte in name.bytes() {
+        match byte {
+            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'_' => escaped.push(char::from(byte)),
+            b'.' if !escaped.is_empty() => escaped.push('.'),
+            _ => escaped.push_str(&format!("%{byte:02x}")),
+        }
+    }
+    escaped
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn says_what_was_written_last() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let record = RecordFile::new("disk0", &folder.path().join("disk.raw"), None);
+        assert_eq!(record.read().expect("readable"), None);
+        for residence in
+            [Residence::Incoming, Residence::Arrived, Residence::Leaving, Residence::Moved]
+        {
+            record.write(residence, "tcp:127.0.0.1:1").expect("writable");
+            let read = record.read().expect("readable").expect("a record");
+            assert_eq!((read.residence, read.disk.as_str()), (residence, "disk0"));
+        }
+        record.clear().expect("removable");
+        record.clear().expect("nothing to remove is fine");
+        assert_eq!(record.read().expect("readable"), None);
+    }
+
+    #[test]
+    fn a_damaged_record_is_not_taken_for_none() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let record = RecordFile::new("a/b", &folder.path().join("x"), Some(folder.path()));
+        assert_eq!(record.path().file_name().and_then(|n| n.to_str()), Some("a%2fb.vmferry"));
+        for damage in ["", "{}", "nonsense", "{\"version\":2,\"disk\":\"a\",\"residence\":\"moved\",\"peer\":\"\"}"] {
+            fs::write(record.path(), damage).expect("writable");
+            assert!(matches!(record.read(), Err(RecordError::Damaged { .. })), "{damage}");
+        }
+        fs::write(record.path(), vec![b' '; 5000]).expect("writable");
+        assert!(matches!(record.read(), Err(RecordError::Damaged { .. })));
+    }
+
+    #[test]
+    fn two_names_never_share_a_file() {
+        assert_ne!(escape("a.b"), escape("a%2eb"));
+        assert_ne!(escape("../x"), escape("..%2fx"));
+        assert!(!escape("..").starts_with('.'));
+    }
+}

@@ -1,0 +1,108 @@
+//! What a section's owner must be able to do, on either side.
+//!
+//! The traits have no default bodies: whoever cannot do a thing says so.
+
+use std::error::Error;
+use std::time::Duration;
+
+use vmferry_stream::Record;
+
+/// Why a handler failed; the machine adds the section's name.
+pub type HandlerError = Box<dyn Error + Send + Sync>;
+
+/// Where a save machine puts its bytes: a channel, a file, a test's vector.
+pub trait Sink {
+    /// Take these parts, in order, as one piece.
+    ///
+    /// # Errors
+    /// The channel broke, or the migration was stopped.
+    fn put(&mut self, parts: &[&[u8]]) -> Result<(), HandlerError>;
+
+    /// Bytes that the rate limit still allows in this time slice.
+    fn allowance(&self) -> u64;
+
+    /// Fails once the migration was stopped; called by handlers that wait.
+    fn check(&self) -> Result<(), HandlerError>;
+}
+
+/// How an iteration ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Progress {
+    /// The bulk phase is over and nothing is left that could be sent now.
+    Finished,
+    /// There is more to send: handlers after this one wait.
+    Unfinished,
+    /// There is more, but its data is still being read.
+    Waiting,
+}
+
+/// What a handler still has to send.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pending {
+    /// The first pass is not over: the migration cannot complete, whatever the number.
+    Bulk {
+        /// Estimate of the bytes that are left.
+        bytes: u64,
+    },
+    /// Everything was sent once.
+    Dirty {
+        /// Bytes that must be sent before the guest runs at the destination.
+        bytes: u64,
+        /// How long reading them will take.
+        read_time: Duration,
+    },
+}
+
+/// Proof that nothing writes any more: guests are held and their last requests have ended.
+///
+/// Whoever drives a save machine makes it, after [`Iterating::try_complete`] said `Go` and the holds
+/// were drained.
+///
+/// [`Iterating::try_complete`]: crate::Iterating::try_complete
+#[derive(Debug)]
+pub struct GuestStopped(());
+
+impl GuestStopped {
+    /// Assert that every guest request has ended and none can begin.
+    #[must_use]
+    pub fn assert_drained() -> Self {
+        Self(())
+    }
+}
+
+/// The sending owner of a live section.
+pub trait SaveHandler {
+    /// Write the body of START.
+    fn setup(&mut self, sink: &mut dyn Sink) -> Result<(), HandlerError>;
+
+    /// Write the body of one PART.
+    fn iterate(&mut self, sink: &mut dyn Sink) -> Result<Progress, HandlerError>;
+
+    /// What is left now.
+    fn pending(&mut self) -> Pending;
+
+    /// Write the body of END: everything that is left.
+    fn complete(&mut self, stopped: &GuestStopped, sink: &mut dyn Sink)
+    -> Result<(), HandlerError>;
+
+    /// The migration is over, well or not: end what runs for it. Called once, whatever happened.
+    fn cleanup(&mut self);
+}
+
+/// The receiving owner of a section.
+pub trait LoadHandler {
+    /// A START or FULL of the section, in a version that the registry accepts.
+    fn start(&mut self, version: u32) -> Result<(), HandlerError>;
+
+    /// A record of the section's body.
+    fn record(&mut self, record: &Record) -> Result<(), HandlerError>;
+
+    /// Room for the payload of the record before, exactly `length` bytes.
+    fn payload(&mut self, length: usize) -> Result<&mut [u8], HandlerError>;
+
+    /// The payload is in place.
+    fn payload_filled(&mut self) -> Result<(), HandlerError>;
+
+    /// The END of the section, footer included.
+    fn end(&mut self) -> Result<(), HandlerError>;
+}
