@@ -1,1 +1,34 @@
-//! The NBD protocol, server and client.
+//! The NBD protocol, a server for disks that migrate, and a small client.
+//!
+//! - [`protocol`]: numbers and records; [`negotiation`]: the server's handshake without I/O.
+//! - [`Server`]: exports [`vmferry_disk::Node`]s over any number of listeners. Requests that a node
+//!   holds wait in their connection, never in a worker; the connection's other requests go on.
+//!   A disk that was given up closes its connections without a reply.
+//! - [`errno`]: the one place where disk errors become NBD's numbers.
+
+#![forbid(unsafe_code)]
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::indexing_slicing,
+        clippy::cast_possible_truncation,
+        clippy::unwrap_used,
+        clippy::arithmetic_side_effects
+    )
+)]
+
+pub mod errno;
+pub mod negotiation;
+pub mod protocol;
+
+mod connection;
+mod job;
+mod line;
+mod payload;
+mod reply;
+mod server;
+mod window;
+mod workers;
+
+pub use negotiation::Unavailable;
+pub use server::{Exports, Server, Settings};

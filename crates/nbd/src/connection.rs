@@ -1,0 +1,851 @@
+//! One connection after the handshake: the thread that reads requests.
+//!
+//! ```text
+//!            recv           cached reads, small writes: here, replies staged and sent together
+//!   socket ───────▶ window ─┬───────────────────────────────────────────────────────▶ socket
+//!                           ├─▶ workers ─▶ reply queue ─────────────────────────────▶ socket
+//!                           └─▶ held list ─ the node's notice ─▶ workers
+//! ```
+//!
+//! The thread waits in poll only: for the socket, for the stop event, and for its own event, which
+//! the node's notice, finished requests and [`Line::sever`] write.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno as Os;
+use vmferry_channel::Stop;
+use vmferry_disk::{Cached, DiskError, Node, ReadPermit, Refusal};
+
+use crate::errno;
+use crate::job::{Context, Job, Work, disk_failure, is_write};
+use crate::line::{Account, Line, Ticket};
+use crate::payload::Payload;
+use crate::protocol::{
+    BadMagic, Command, Errno, PAYLOAD_BYTES_MAX, REQUEST_BYTES, Request, request,
+};
+use crate::reply::{self, HEAD_BYTES_MAX, Head};
+use crate::server::Settings;
+use crate::window::{Received, Window};
+use crate::workers::Queue;
+
+/// Requests are received into this much.
+pub(crate) const WINDOW_BYTES: usize = 256 << 10;
+/// A write up to this size is taken whole from the window; a larger one gets its own buffer.
+const SMALL_WRITE_BYTES_MAX: usize = 64 << 10;
+/// Largest read that the connection's own thread tries.
+const INLINE_READ_BYTES_MAX: usize = 256 << 10;
+/// Replies are collected in this much before they are sent.
+const STAGING_BYTES: usize = 512 << 10;
+/// How much is received behind the payload of a large write: the next header, little more.
+const BEHIND_PAYLOAD_BYTES: usize = 4 << 10;
+/// What a request counts at least, in bytes, in every budget.
+const REQUEST_COST_MIN: u64 = 512;
+
+/// Why a connection ends.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum End {
+    #[error("the client said goodbye")]
+    Goodbye,
+    #[error("the client went away")]
+    Gone,
+    #[error("the socket failed: {0}")]
+    Socket(Os),
+    #[error("the client broke the protocol: {0}")]
+    Broken(#[from] BadMagic),
+    #[error("the disk has moved away")]
+    Departed,
+    #[error("the connection was closed by us")]
+    Severed,
+    #[error("the server stops")]
+    Stopped,
+}
+
+impl End {
+    /// May the client still read replies?
+    fn is_orderly(&self) -> bool {
+        matches!(self, Self::Goodbye | Self::Gone | Self::Stopped)
+    }
+}
+
+/// What the next bytes of the client are.
+#[derive(Debug)]
+enum Intake {
+    Header,
+    /// Data of a large write.
+    Payload {
+        request: Request,
+        payload: Payload,
+        filled: usize,
+        ticket: Ticket,
+    },
+    /// Data of a write that was refused.
+    Skip {
+        request: Request,
+        left: usize,
+        errno: Errno,
+    },
+}
+
+/// A request that its node does not let in yet.
+#[derive(Debug)]
+struct Held {
+    request: Request,
+    payload: Payload,
+}
+
+impl Held {
+    fn cost(&self) -> u64 {
+        cost(self.payload.bytes().len())
+    }
+}
+
+/// Why the thread cannot take another request now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Pause {
+    /// The window has no whole request.
+    NeedMore,
+    /// Too much is outstanding or held.
+    Full,
+}
+
+/// The reader's side of one connection.
+pub(crate) struct Connection<'a> {
+    context: Arc<Context>,
+    settings: &'a Settings,
+    queue: &'a Queue,
+    /// Held by all connections of the server.
+    held_by_all: &'a Account,
+    stop: &'a Stop,
+    window: Window,
+    intake: Intake,
+    staging: Box<[u8]>,
+    staged: usize,
+    jobs: Vec<Job>,
+    held: VecDeque<Held>,
+    held_bytes: u64,
+    /// The backend can tell what is in memory.
+    cached_reads: bool,
+    read_pace: Pace,
+    write_pace: Pace,
+}
+
+impl<'a> Connection<'a> {
+    /// `window` may hold requests already.
+    pub(crate) fn new(
+        context: Arc<Context>,
+        settings: &'a Settings,
+        queue: &'a Queue,
+        held_by_all: &'a Account,
+        stop: &'a Stop,
+        window: Window,
+    ) -> Self {
+        Self {
+            context,
+            settings,
+            queue,
+            held_by_all,
+            stop,
+            window,
+            intake: Intake::Header,
+            staging: vec![0; STAGING_BYTES].into(),
+            staged: 0,
+            jobs: Vec::new(),
+            held: VecDeque::new(),
+            held_bytes: 0,
+            cached_reads: true,
+            read_pace: Pace::default(),
+            write_pace: Pace::default(),
+        }
+    }
+
+    /// Serve until the client, the disk or the server goes away.
+    pub(crate) fn run(mut self) -> End {
+        let line = Arc::clone(self.line());
+        // The notice may come after the connection is gone, until the subscription is dropped.
+        let subscription = self.node().subscribe({
+            let line = Arc::clone(&line);
+            move || line.wake()
+        });
+        let end = loop {
+            if let Err(end) = self.serve() {
+                break end;
+            }
+        };
+        drop(subscription);
+        // A write whose data did not all come is not applied.
+        self.intake = Intake::Header;
+        // Never executed, never answered: a client that comes back finds them undone.
+        self.drop_held();
+        self.publish();
+        if end.is_orderly() {
+            self.finish();
+        }
+        line.sever();
+        self.await_workers();
+        end
+    }
+
+    /// Take all requests that are there, then wait for something to happen.
+    fn serve(&mut self) -> Result<(), End> {
+        if self.stop.is_triggered() {
+            return Err(End::Stopped);
+        }
+        if self.line().take_attention() {
+            self.look_around()?;
+        }
+        let pause = self.take_requests();
+        self.publish();
+        match pause? {
+            Pause::NeedMore => match self.receive()? {
+                Received::Bytes(_) => Ok(()),
+                Received::Nothing => self.wait(PollFlags::IN),
+                Received::End => Err(End::Gone),
+            },
+            Pause::Full => {
+                self.line().wake_on_ticket();
+                if self.is_full() {
+                    self.wait(PollFlags::empty())?;
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// Somebody has woken us: see whether we are to end, and try what is held.
+    fn look_around(&mut self) -> Result<(), End> {
+        if self.line().is_severed() {
+            return Err(End::Severed);
+        }
+        if self.node().held().is_none() {
+            return Err(End::Departed);
+        }
+        self.retry_held()
+    }
+
+    fn receive(&mut self) -> Result<Received, End> {
+        let line = Arc::clone(self.line());
+        let received = match &mut self.intake {
+            Intake::Payload {
+                payload, filled, ..
+            } => {
+                let rest = payload.bytes_mut().get_mut(*filled..).unwrap_or(&mut []);
+                let received = self
+                    .window
+                    .receive_into(line.socket(), rest, BEHIND_PAYLOAD_BYTES);
+                if let Ok(Received::Bytes(count)) = received {
+                    *filled = filled.saturating_add(count);
+                }
+                received
+            }
+            _ => self.window.receive(line.socket()),
+        };
+        received.map_err(|error| match error {
+            Os::CONNRESET | Os::PIPE => End::Gone,
+            error => End::Socket(error),
+        })
+    }
+
+    /// Wait for `events` on the socket (and for room if there is something to send), for our event
+    /// and for the stop event.
+    fn wait(&mut self, events: PollFlags) -> Result<(), End> {
+        let line = Arc::clone(self.line());
+        let mut events = events;
+        if line.is_blocked() {
+            events |= PollFlags::OUT;
+        }
+        if !self.held.is_empty() {
+            // While we do not read, only this tells that the client has given up.
+            events |= PollFlags::RDHUP;
+        }
+        let ready = wait(&line, events, Some(self.stop), None).map_err(End::Socket)?;
+        if ready.contains(PollFlags::OUT) {
+            line.resume();
+        }
+        let reading = events.contains(PollFlags::IN);
+        let gone = PollFlags::HUP | PollFlags::ERR | PollFlags::RDHUP;
+        if !reading && ready.intersects(gone) {
+            return Err(End::Gone);
+        }
+        Ok(())
+    }
+
+    /// Take requests from the window until it has no whole one.
+    fn take_requests(&mut self) -> Result<Pause, End> {
+        loop {
+            match std::mem::replace(&mut self.intake, Intake::Header) {
+                Intake::Header => {
+                    if self.is_full() {
+                        return Ok(Pause::Full);
+                    }
+                    let Some(header) = self.window.unread().first_chunk::<REQUEST_BYTES>() else {
+                        return Ok(Pause::NeedMore);
+                    };
+                    let request = Request::decode(header)?;
+                    if !self.take_request(request)? {
+                        return Ok(Pause::NeedMore);
+                    }
+                }
+                Intake::Payload {
+                    request,
+                    mut payload,
+                    mut filled,
+                    ticket,
+                } => {
+                    let here = self.window.unread();
+                    let rest = payload.bytes_mut().get_mut(filled..).unwrap_or(&mut []);
+                    let count = here.len().min(rest.len());
+                    if let (Some(to), Some(from)) = (rest.get_mut(..count), here.get(..count)) {
+                        to.copy_from_slice(from);
+                    }
+                    filled = filled.saturating_add(count);
+                    self.window.consume(count);
+                    if filled < payload.bytes().len() {
+                        self.intake = Intake::Payload {
+                            request,
+                            payload,
+                            filled,
+                            ticket,
+                        };
+                        return Ok(Pause::NeedMore);
+                    }
+                    self.write_large(request, payload, ticket)?;
+                }
+                Intake::Skip {
+                    request,
+                    left,
+                    errno,
+                } => {
+                    let count = self.window.unread().len().min(left);
+                    self.window.consume(count);
+                    let left = left.saturating_sub(count);
+                    if left > 0 {
+                        self.intake = Intake::Skip {
+                            request,
+                            left,
+                            errno,
+                        };
+                        return Ok(Pause::NeedMore);
+                    }
+                    self.refuse(&request, errno);
+                }
+            }
+        }
+    }
+
+    /// Take one request; false if it is a small write whose data is not all there yet.
+    fn take_request(&mut self, request: Request) -> Result<bool, End> {
+        if request.command == Command::DISCONNECT {
+            return Err(End::Goodbye);
+        }
+        if let Err(errno) = check(&request, &self.context) {
+            self.window.consume(REQUEST_BYTES);
+            self.intake = Intake::Skip {
+                request,
+                left: request.payload_bytes(),
+                errno,
+            };
+            return Ok(true);
+        }
+        let length = request.payload_bytes();
+        if request.command != Command::WRITE {
+            self.window.consume(REQUEST_BYTES);
+        }
+        match request.command {
+            Command::READ => self.read(request)?,
+            Command::WRITE if length <= SMALL_WRITE_BYTES_MAX => {
+                let whole = REQUEST_BYTES.saturating_add(length);
+                if self.window.unread().len() < whole {
+                    return Ok(false);
+                }
+                self.write_small(request, length)?;
+                self.window.consume(whole);
+            }
+            Command::WRITE => {
+                self.window.consume(REQUEST_BYTES);
+                self.intake = Intake::Payload {
+                    request,
+                    payload: self.context.payloads.take(length),
+                    filled: 0,
+                    ticket: self.line().ticket(cost(length)),
+                };
+            }
+            _ => self.admit(request, Payload::EMPTY, None)?,
+        }
+        Ok(true)
+    }
+
+    /// Answer a read from memory if it is there; otherwise it is a worker's.
+    fn read(&mut self, request: Request) -> Result<(), End> {
+        let permit = match self
+            .node()
+            .begin_read(request.offset, u64::from(request.length))
+        {
+            Ok(permit) => permit,
+            Err(refusal) => return self.refused(request, Payload::EMPTY, refusal),
+        };
+        let length = request.length as usize;
+        let mut filled = 0;
+        if length <= INLINE_READ_BYTES_MAX {
+            let head = Head::of_read(&request, self.context.structured);
+            let start = self.stage_room(HEAD_BYTES_MAX.saturating_add(length));
+            let (before, place) = self
+                .staging
+                .get_mut(start..)
+                .and_then(|room| room.split_at_mut_checked(head.bytes().len()))
+                .unwrap_or_default();
+            let place = place.get_mut(..length).unwrap_or(&mut []);
+            if self.cached_reads {
+                match permit.read_cached(0, place) {
+                    Ok(Cached::Hit(count)) => filled = count,
+                    Ok(Cached::Unsupported) => self.cached_reads = false,
+                    // A worker will meet the error again and report it.
+                    Ok(Cached::Miss) | Err(_) => {}
+                }
+            }
+            if length == 0 || filled == length {
+                before.copy_from_slice(head.bytes());
+                self.staged = start
+                    .saturating_add(head.bytes().len())
+                    .saturating_add(length);
+                return Ok(());
+            }
+            if !self.cached_reads && self.read_pace.is_good() {
+                match self.read_pace.time(length, || permit.read(place)) {
+                    Ok(()) => {
+                        before.copy_from_slice(head.bytes());
+                        self.staged = start
+                            .saturating_add(head.bytes().len())
+                            .saturating_add(length);
+                    }
+                    Err(error) => {
+                        let bytes = disk_failure(&request, &self.context, &error);
+                        self.stage(&bytes);
+                    }
+                }
+                return Ok(());
+            }
+        }
+        self.read_by_worker(request, permit, filled);
+        Ok(())
+    }
+
+    /// Leave a read to a worker; its first `filled` bytes lie behind the head in the staging area.
+    fn read_by_worker(&mut self, request: Request, permit: ReadPermit, filled: usize) {
+        let length = request.length as usize;
+        let mut payload = self.context.payloads.take(length);
+        let head = Head::of_read(&request, self.context.structured);
+        let start = self.staged.saturating_add(head.bytes().len());
+        let end = start.saturating_add(filled);
+        if let (Some(to), Some(from)) = (
+            payload.bytes_mut().get_mut(..filled),
+            self.staging.get(start..end),
+        ) {
+            to.copy_from_slice(from);
+        }
+        let ticket = self.line().ticket(cost(length));
+        let work = Work::Read {
+            permit,
+            payload,
+            filled,
+        };
+        self.give_to_workers(request, work, ticket);
+    }
+
+    /// A write whose data lies in the window, behind its header.
+    fn write_small(&mut self, request: Request, length: usize) -> Result<(), End> {
+        self.retry_held()?;
+        let copy = |window: &Window| {
+            let data = window.unread().get(REQUEST_BYTES..).unwrap_or(&[]);
+            Payload::Owned(data.get(..length).unwrap_or(data).to_vec())
+        };
+        if !self.held.is_empty() {
+            let payload = copy(&self.window);
+            self.hold(request, payload);
+            return Ok(());
+        }
+        match self.node().begin_write(request.offset, length as u64) {
+            Ok(permit) if !request.has(request::FUA) && self.write_pace.is_good() => {
+                let data = self.window.unread().get(REQUEST_BYTES..).unwrap_or(&[]);
+                let data = data.get(..length).unwrap_or(data);
+                let result = self.write_pace.time(length, || permit.write(data));
+                self.answer_write(&request, result);
+            }
+            Ok(permit) => {
+                let payload = copy(&self.window);
+                let ticket = self.line().ticket(cost(length));
+                self.give_to_workers(request, Work::Write { permit, payload }, ticket);
+            }
+            Err(refusal) => {
+                let payload = copy(&self.window);
+                return self.refused(request, payload, refusal);
+            }
+        }
+        Ok(())
+    }
+
+    /// A write that has its own buffer, all filled.
+    fn write_large(
+        &mut self,
+        request: Request,
+        payload: Payload,
+        ticket: Ticket,
+    ) -> Result<(), End> {
+        self.retry_held()?;
+        self.admit(request, payload, Some(ticket))
+    }
+
+    fn answer_write(&mut self, request: &Request, result: Result<(), DiskError>) {
+        match result {
+            Ok(()) => self.stage(Head::of_success(request).bytes()),
+            Err(error) => {
+                let bytes = disk_failure(request, &self.context, &error);
+                self.stage(&bytes);
+            }
+        }
+    }
+
+    /// Get permission for a request and give it to the workers; if it is held, keep it here.
+    fn admit(
+        &mut self,
+        request: Request,
+        payload: Payload,
+        ticket: Option<Ticket>,
+    ) -> Result<(), End> {
+        if is_write(request.command) && !self.held.is_empty() {
+            self.hold(request, payload);
+            return Ok(());
+        }
+        match permitted(&self.context, &request, payload) {
+            Ok(work) => {
+                let ticket = ticket.unwrap_or_else(|| self.line().ticket(cost(0)));
+                self.give_to_workers(request, work, ticket);
+                Ok(())
+            }
+            Err((refusal, payload)) => self.refused(request, payload, refusal),
+        }
+    }
+
+    fn refused(&mut self, request: Request, payload: Payload, refusal: Refusal) -> Result<(), End> {
+        match (errno::of_refusal(refusal, request.command), refusal) {
+            (Some(errno), _) => self.refuse(&request, errno),
+            (None, Refusal::Departed) => return Err(End::Departed),
+            (None, _) => self.hold(request, payload),
+        }
+        Ok(())
+    }
+
+    fn hold(&mut self, request: Request, payload: Payload) {
+        let held = Held { request, payload };
+        self.held_bytes = self.held_bytes.saturating_add(held.cost());
+        self.held_by_all.add(held.cost());
+        self.held.push_back(held);
+    }
+
+    fn unhold(&mut self) -> Option<Held> {
+        let held = self.held.pop_front()?;
+        self.held_bytes = self.held_bytes.saturating_sub(held.cost());
+        self.held_by_all.subtract(held.cost());
+        Some(held)
+    }
+
+    fn drop_held(&mut self) {
+        while self.unhold().is_some() {}
+    }
+
+    /// Ask again for what is held, in the order in which it came.
+    fn retry_held(&mut self) -> Result<(), End> {
+        while let Some(Held { request, payload }) = self.unhold() {
+            let length = payload.bytes().len();
+            match permitted(&self.context, &request, payload) {
+                Ok(work) => {
+                    let ticket = self.line().ticket(cost(length.max(read_bytes(&request))));
+                    self.give_to_workers(request, work, ticket);
+                }
+                Err((Refusal::Held, payload)) => {
+                    self.hold(request, payload);
+                    // It was the first and stays it.
+                    self.held.rotate_right(1);
+                    return Ok(());
+                }
+                Err((refusal, payload)) => self.refused(request, payload, refusal)?,
+            }
+        }
+        Ok(())
+    }
+
+    fn refuse(&mut self, request: &Request, errno: Errno) {
+        let text = match errno {
+            Errno::EPERM => "the disk is read-only",
+            Errno::ENOSPC => "the range reaches past the end of the disk",
+            _ => "the request is invalid",
+        };
+        let bytes = reply::failure(request, self.context.structured, errno, text);
+        self.stage(&bytes);
+    }
+
+    fn give_to_workers(&mut self, request: Request, work: Work, ticket: Ticket) {
+        self.jobs.push(Job {
+            request,
+            work,
+            context: Arc::clone(&self.context),
+            ticket,
+        });
+    }
+
+    /// Too much is outstanding or held to take another request. One may always be outstanding.
+    fn is_full(&self) -> bool {
+        let (settings, mine) = (self.settings, self.line().outstanding());
+        let all = self.line().outstanding_of_all();
+        let outstanding = mine.bytes() >= settings.in_flight_bytes_max
+            || mine.requests() >= settings.in_flight_requests_max
+            || (mine.requests() > 0 && all.bytes() >= settings.in_flight_bytes_max_of_all);
+        let held = self.held_bytes >= settings.held_bytes_max
+            || (!self.held.is_empty()
+                && self.held_by_all.bytes() >= settings.held_bytes_max_of_all);
+        outstanding || held
+    }
+
+    /// Where `length` bytes of reply can be staged.
+    fn stage_room(&mut self, length: usize) -> usize {
+        if self.staged.saturating_add(length) > self.staging.len() {
+            self.publish();
+        }
+        self.staged
+    }
+
+    fn stage(&mut self, bytes: &[u8]) {
+        let start = self.stage_room(bytes.len());
+        let end = start.saturating_add(bytes.len());
+        if let Some(place) = self.staging.get_mut(start..end) {
+            place.copy_from_slice(bytes);
+            self.staged = end;
+        }
+    }
+
+    /// Send staged replies, wake workers for collected jobs.
+    fn publish(&mut self) {
+        self.queue.submit(&mut self.jobs);
+        let staged = std::mem::take(&mut self.staged);
+        if let Some(bytes) = self.staging.get(..staged) {
+            self.line().send_now(bytes);
+        }
+    }
+
+    /// Let what is outstanding finish, and the client read the replies.
+    fn finish(&mut self) {
+        let line = Arc::clone(self.line());
+        let deadline = Instant::now().checked_add(self.settings.drain_timeout);
+        loop {
+            line.take_attention();
+            line.wake_on_ticket();
+            if line.outstanding().requests() == 0 || line.is_severed() {
+                return;
+            }
+            let events = if line.is_blocked() {
+                PollFlags::OUT
+            } else {
+                PollFlags::empty()
+            };
+            match wait(&line, events, None, deadline) {
+                Ok(ready) if ready.intersects(PollFlags::HUP | PollFlags::ERR) => return,
+                Ok(ready) if ready.contains(PollFlags::OUT) => line.resume(),
+                Ok(_) if deadline.is_none_or(|deadline| Instant::now() < deadline) => {}
+                Ok(_) | Err(_) => return,
+            }
+        }
+    }
+
+    /// Nothing is answered any more, but a disk must not be closed under a worker.
+    fn await_workers(&self) {
+        let line = self.line();
+        let deadline = Instant::now().checked_add(self.settings.drain_timeout);
+        loop {
+            line.take_attention();
+            line.wake_on_ticket();
+            if line.outstanding().requests() == 0 {
+                return;
+            }
+            let over = deadline.is_some_and(|deadline| Instant::now() >= deadline);
+            if over || wait_for_event(line, deadline).is_err() {
+                tracing::warn!(
+                    disk = self.node().name(),
+                    requests = line.outstanding().requests(),
+                    "requests are still in the disk after their connection has ended"
+                );
+                return;
+            }
+        }
+    }
+
+    fn line(&self) -> &Arc<Line> {
+        &self.context.line
+    }
+
+    fn node(&self) -> &Arc<Node> {
+        &self.context.node
+    }
+}
+
+impl Drop for Connection<'_> {
+    fn drop(&mut self) {
+        // After a panic; in every other case there is nothing left.
+        self.drop_held();
+    }
+}
+
+/// What a request of this many bytes counts in budgets.
+fn cost(bytes: usize) -> u64 {
+    (bytes as u64).max(REQUEST_COST_MIN)
+}
+
+/// Memory that a read's answer needs.
+fn read_bytes(request: &Request) -> usize {
+    if request.command == Command::READ {
+        request.length as usize
+    } else {
+        0
+    }
+}
+
+/// Is the request one that makes sense on this disk, whatever is held?
+fn check(request: &Request, context: &Context) -> Result<(), Errno> {
+    let limits = context.node.limits();
+    let allowed = match request.command {
+        Command::READ if context.structured => request::DF,
+        Command::READ | Command::WRITE | Command::TRIM | Command::CACHE => 0,
+        Command::FLUSH => 0,
+        Command::WRITE_ZEROES => request::NO_HOLE | request::FAST_ZERO,
+        Command::BLOCK_STATUS => request::REQ_ONE,
+        _ => return Err(Errno::EINVAL),
+    };
+    if request.flags & !(allowed | request::FUA) != 0 {
+        return Err(Errno::EINVAL);
+    }
+    let payload = matches!(request.command, Command::READ | Command::WRITE);
+    if payload && request.length > PAYLOAD_BYTES_MAX {
+        return Err(Errno::EINVAL);
+    }
+    if request.command == Command::BLOCK_STATUS && (!context.allocation || request.length == 0) {
+        return Err(Errno::EINVAL);
+    }
+    if is_write(request.command) && limits.read_only {
+        return Err(Errno::EPERM);
+    }
+    let end = request.offset.checked_add(u64::from(request.length));
+    if request.command != Command::FLUSH && end.is_none_or(|end| end > limits.length) {
+        return errno::of_refusal(Refusal::PastEnd, request.command).map_or(Ok(()), Err);
+    }
+    Ok(())
+}
+
+/// Ask the node; the payload comes back if it says no.
+fn permitted(
+    context: &Context,
+    request: &Request,
+    payload: Payload,
+) -> Result<Work, (Refusal, Payload)> {
+    let node = &context.node;
+    let (offset, length) = (request.offset, u64::from(request.length));
+    let write = || node.begin_write(offset, length);
+    let work: Result<Work, Refusal> = match request.command {
+        Command::WRITE => {
+            return match write() {
+                Ok(permit) => Ok(Work::Write { permit, payload }),
+                Err(refusal) => Err((refusal, payload)),
+            };
+        }
+        Command::READ => node.begin_read(offset, length).map(|permit| Work::Read {
+            permit,
+            payload: context.payloads.take(request.length as usize),
+            filled: 0,
+        }),
+        Command::WRITE_ZEROES => write().map(Work::WriteZeroes),
+        Command::TRIM => write().map(Work::Trim),
+        Command::BLOCK_STATUS => node.begin_read(offset, length).map(Work::Status),
+        Command::CACHE => node.begin_read(offset, length).map(|_| Work::Cache),
+        // A flush is never held, but a disk that has left must not pretend.
+        _ if node.held().is_none() => Err(Refusal::Departed),
+        _ => Ok(Work::Flush),
+    };
+    work.map_err(|refusal| (refusal, payload))
+}
+
+/// Wait for the socket, the line's event, the stop event or the deadline. What the socket is
+/// ready for.
+fn wait(
+    line: &Line,
+    events: PollFlags,
+    stop: Option<&Stop>,
+    deadline: Option<Instant>,
+) -> rustix::io::Result<PollFlags> {
+    let wake = PollFd::from_borrowed_fd(line.wake_event(), PollFlags::IN);
+    let socket = PollFd::from_borrowed_fd(line.socket(), events);
+    let fds = match stop {
+        Some(stop) => &mut [socket, wake, PollFd::new(stop, PollFlags::IN)][..],
+        None => &mut [socket, wake][..],
+    };
+    poll_until(fds, deadline)?;
+    let ready = |index: usize| fds.get(index).map_or(PollFlags::empty(), PollFd::revents);
+    if ready(1).contains(PollFlags::IN) {
+        line.empty_event();
+    }
+    Ok(ready(0))
+}
+
+/// The same without the socket, which is closed.
+fn wait_for_event(line: &Line, deadline: Option<Instant>) -> rustix::io::Result<()> {
+    let mut fds = [PollFd::from_borrowed_fd(line.wake_event(), PollFlags::IN)];
+    poll_until(&mut fds, deadline)?;
+    line.empty_event();
+    Ok(())
+}
+
+/// `poll` with a deadline; being interrupted counts as being woken.
+pub(crate) fn poll_until(
+    fds: &mut [PollFd<'_>],
+    deadline: Option<Instant>,
+) -> rustix::io::Result<()> {
+    let timeout = deadline
+        .map(|deadline| deadline.saturating_duration_since(Instant::now()))
+        .and_then(|patience| Timespec::try_from(patience).ok());
+    match poll(fds, timeout.as_ref()) {
+        Ok(_) | Err(Os::INTR) => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+/// Whether disk calls are quick enough to make them in the connection's own thread. A slow one
+/// sends the next ones to the workers, so that they overlap.
+#[derive(Debug, Default)]
+struct Pace {
+    /// So many calls go to the workers before the next try.
+    resting: u32,
+}
+
+/// A call may take this long,
+const CALL_TIME_MAX: Duration = Duration::from_micros(200);
+/// and this much longer for each KiB.
+const CALL_TIME_PER_KIB: Duration = Duration::from_micros(2);
+/// Calls that go to the workers after a slow one.
+const RESTING_CALLS: u32 = 64;
+
+impl Pace {
+    fn is_good(&mut self) -> bool {
+        self.resting = self.resting.saturating_sub(1);
+        self.resting == 0
+    }
+
+    fn time<T>(&mut self, bytes: usize, call: impl FnOnce() -> T) -> T {
+        let start = Instant::now();
+        let result = call();
+        let kib = u32::try_from(bytes / 1024).unwrap_or(u32::MAX);
+        let allowed = CALL_TIME_MAX.saturating_add(CALL_TIME_PER_KIB.saturating_mul(kib));
+        if start.elapsed() > allowed {
+            self.resting = RESTING_CALLS;
+        }
+        result
+    }
+}
