@@ -5,10 +5,15 @@
 
 mod device;
 mod dirty;
+mod locks;
 mod node;
+mod raw;
 
 pub use device::{BlockDevice, Cached, DiskError, Extent, ExtentKind, Limits, Unmap};
 pub use dirty::{CHUNK_BYTES, Chunk, DirtyBitmap};
+pub use locks::{Access, Deed, ImageLock, LockError};
 pub use node::{
-    Claim, Claimer, Hold, InUse, Lease, Leaving, Node, ReadPermit, Refusal, Subscription, WritePermit,
+    Claim, Claimer, Filler, Hold, InUse, Lease, Leaving, Node, ReadPermit, Refusal, Subscription,
+    WritePermit,
 };
+pub use raw::{OpenError, OpenOptions, QCOW2_MAGIC, RAW_BYTES_MAX, RawDisk};

@@ -380,12 +380,6 @@ impl Lease {
         &self.node
     }
 
-    /// The device itself, for a destination that fills the disk.
-    #[must_use]
-    pub fn device(&self) -> &dyn BlockDevice {
-        &*self.node.device
-    }
-
     /// Let no new write (or no new request at all) begin.
     pub fn hold(&self, hold: Hold) {
         self.node.set_level(hold.level());
@@ -422,7 +416,17 @@ impl Lease {
     /// A handle that can claim chunks, for the thread that reads them.
     #[must_use]
     pub fn claimer(&self) -> Claimer {
-        Claimer { node: Arc::clone(&self.node) }
+        Claimer {
+            node: Arc::clone(&self.node),
+        }
+    }
+
+    /// A handle that can fill the disk, for the thread that applies what arrives.
+    #[must_use]
+    pub fn filler(&self) -> Filler {
+        Filler {
+            node: Arc::clone(&self.node),
+        }
     }
 
     /// A migration has filled the disk: it is live here from now on.
@@ -497,7 +501,30 @@ impl Claimer {
     pub fn claim(&self, chunks: Range<u64>) -> Claim {
         let chunks = chunks.start..chunks.end.min(self.node.dirty.chunks());
         self.node.dirty.clear(chunks.clone());
-        Claim { node: Arc::clone(&self.node), chunks }
+        Claim {
+            node: Arc::clone(&self.node),
+            chunks,
+        }
+    }
+}
+
+/// The part of a lease that fills a disk while guests are held.
+#[derive(Debug)]
+pub struct Filler {
+    node: Arc<Node>,
+}
+
+impl Filler {
+    /// The disk.
+    #[must_use]
+    pub fn node(&self) -> &Arc<Node> {
+        &self.node
+    }
+
+    /// Its device.
+    #[must_use]
+    pub fn device(&self) -> &dyn BlockDevice {
+        &*self.node.device
     }
 }
 
@@ -559,7 +586,9 @@ impl Claim {
     /// Read what is in memory, from `skip` bytes into the claim on.
     pub fn read_cached(&self, skip: u64, buf: &mut [u8]) -> Result<Cached, DiskError> {
         debug_assert!(skip + buf.len() as u64 <= self.bytes().end - self.bytes().start);
-        self.node.device.read_cached_at(buf, self.bytes().start + skip)
+        self.node
+            .device
+            .read_cached_at(buf, self.bytes().start + skip)
     }
 
     /// Give the chunks back unread: they are dirty.
