@@ -4,6 +4,7 @@
 #![expect(dead_code, reason = "the commands that use it follow")]
 
 mod commands;
+mod disks;
 mod exit;
 mod flags;
 mod render;

@@ -12,6 +12,7 @@ use std::path::PathBuf;
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 use clap_complete::Shell;
+use vmferry_channel::Uri;
 
 use disk::DiskFlag;
 pub(crate) use log::LogFlags;
@@ -135,13 +136,13 @@ pub(crate) struct ServeFlags {
     pub(crate) disk: Vec<DiskFlag>,
     /// Listen for NBD clients here (repeatable)
     #[arg(long, value_name = "ADDR")]
-    pub(crate) nbd: Vec<String>,
+    pub(crate) nbd: Vec<Uri>,
     /// Listen for control connections here (QMP)
     #[arg(long, value_name = "ADDR")]
-    pub(crate) qmp: Option<String>,
+    pub(crate) qmp: Option<Uri>,
     /// Wait for a migration here; the disks take no writes before it has completed
     #[arg(long, value_name = "URI")]
-    pub(crate) incoming: Option<String>,
+    pub(crate) incoming: Option<Uri>,
     /// Keep the record of where each disk stands here, not beside the disk
     #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
     pub(crate) state_dir: Option<PathBuf>,
@@ -180,7 +181,7 @@ pub(crate) struct MigrateFlags {
     pub(crate) daemon: DaemonFlags,
     /// Where to
     #[arg(value_name = "URI")]
-    pub(crate) uri: String,
+    pub(crate) uri: Uri,
     /// Say what would go wrong, and send nothing
     #[arg(long, conflicts_with_all = ["detach"])]
     pub(crate) check: bool,
@@ -211,7 +212,7 @@ pub(crate) struct MigrateFlags {
 pub(crate) struct DaemonFlags {
     /// Control address of the running daemon
     #[arg(long, value_name = "ADDR")]
-    pub(crate) qmp: String,
+    pub(crate) qmp: Uri,
 }
 
 /// Limits of a migration.
@@ -309,7 +310,7 @@ pub(crate) enum Decision {
 pub(crate) struct ReceiveFlags {
     /// Where the migration comes from
     #[arg(value_name = "URI")]
-    pub(crate) uri: String,
+    pub(crate) uri: Uri,
     /// A disk to fill: NAME=PATH[,OPTION...] (repeatable; --help lists the options)
     #[arg(long, value_name = "DISK", long_help = DISK_HELP)]
     #[arg(value_parser = disk_parser(), value_hint = ValueHint::FilePath)]
@@ -407,8 +408,8 @@ mod tests {
         ) else {
             panic!("not understood");
         };
-        assert_eq!(flags.daemon.qmp, "unix:/q");
-        assert_eq!(flags.uri, "tcp:h:1");
+        assert_eq!(flags.daemon.qmp.to_string(), "unix:/q");
+        assert_eq!(flags.uri.to_string(), "tcp:h:1");
         assert_eq!(flags.disk, ["a", "b"]);
         assert_eq!(flags.limits.downtime, Some(Millis(300)));
         assert_eq!(
@@ -427,20 +428,24 @@ mod tests {
             ("vmferry serve --disk a", E::ValueValidation),
             ("vmferry serve --disk a=b,format=qcow2", E::ValueValidation),
             ("vmferry migrate tcp:h:1", E::MissingRequiredArgument),
+            ("vmferry migrate --qmp unix:q host:1", E::ValueValidation),
             (
-                "vmferry migrate --qmp q tcp:h:1 --check --detach",
+                "vmferry migrate --qmp unix:q tcp:h:1 --check --detach",
                 E::ArgumentConflict,
             ),
             (
-                "vmferry migrate --qmp q tcp:h:1 --downtime 300",
+                "vmferry migrate --qmp unix:q tcp:h:1 --downtime 300",
                 E::ValueValidation,
             ),
-            ("vmferry set --qmp q", E::MissingRequiredArgument),
-            ("vmferry resolve --qmp q", E::MissingRequiredArgument),
-            ("vmferry resolve perhaps --qmp q", E::InvalidValue),
+            ("vmferry set --qmp unix:q", E::MissingRequiredArgument),
+            ("vmferry resolve --qmp unix:q", E::MissingRequiredArgument),
+            ("vmferry resolve perhaps --qmp unix:q", E::InvalidValue),
             ("vmferry receive tcp:h:1", E::MissingRequiredArgument),
             ("vmferry demo --size 1GB", E::ValueValidation),
-            ("vmferry migrate --qmp q --vm v tcp:h:1", E::UnknownArgument),
+            (
+                "vmferry migrate --qmp unix:q --vm v tcp:h:1",
+                E::UnknownArgument,
+            ),
             ("vmferry send", E::InvalidSubcommand),
         ] {
             assert_eq!(parse(line).map(|_| ()), Err(kind), "{line}");
