@@ -8,6 +8,8 @@ mod dirty;
 mod locks;
 mod node;
 mod raw;
+#[cfg(any(test, feature = "simulated"))]
+pub mod simulated;
 
 pub use device::{BlockDevice, Cached, DiskError, Extent, ExtentKind, Limits, Unmap};
 pub use dirty::{CHUNK_BYTES, Chunk, DirtyBitmap};
