@@ -6,6 +6,7 @@ use serde_json::json;
 
 use crate::need;
 use crate::peers::guest::Guest;
+use crate::peers::nbd::{Fio, QemuNbd};
 use crate::peers::qemu::{EVERY_BLOCK, Machine, Version};
 use crate::peers::{disk, seeded};
 
@@ -94,4 +95,27 @@ fn the_linux_guest_ticks_writes_and_moves_between_two_qemu_10_0() {
     destination.qmp.execute("stop", &json!({}));
     destination.quit();
     guest.assert_records(&path);
+}
+
+#[test]
+fn fio_writes_through_qemu_nbd_what_it_reads_back() {
+    let dir = temporary();
+    let path = dir.path().join("disk");
+    disk::sparse(&path, 16 * MIB, &[], &mut fastrand::Rng::with_seed(0));
+    let server = need!(QemuNbd::start(&path));
+    let options = [
+        "rw=randwrite",
+        "bs=4k",
+        "size=16m",
+        "io_size=4m",
+        "iodepth=8",
+        "verify=crc32c",
+    ];
+    let report = need!(Fio::start(&server.uri(), options)).finish();
+    assert_eq!(report["error"], 0, "{report}");
+    assert_eq!(report["write"]["io_bytes"], 4 * MIB, "{report}");
+    assert!(
+        disk::data_bytes(&path) >= 2 * MIB,
+        "nothing arrived on the disk"
+    );
 }
