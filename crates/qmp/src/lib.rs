@@ -24,20 +24,30 @@
     )
 )]
 
+mod client;
 mod commands;
 mod error;
 mod framing;
 mod json;
+mod outbox;
 mod schema;
+mod server;
 mod session;
 pub mod types;
+mod wire;
 
+pub use client::{
+    Client, ClientError, EVENTS_MAX, GREETING_PATIENCE, MESSAGE_BYTES_MAX, REPLY_PATIENCE,
+    ServerEvent,
+};
 pub use commands::{Command, Event, check_returned, introspect};
 pub use error::{CommandError, ErrorClass};
 pub use framing::DEPTH_MAX;
+pub use outbox::OUTBOX_BYTES_MAX;
 pub use schema::{
     Described, Enumeration, Member, Mismatch, Object, Shape, check_arguments, check_value,
 };
+pub use server::{Broadcast, CLIENTS_MAX, ClientContext, Handler, KEPT_FDS_MAX, Server};
 pub use session::{
     REQUEST_BYTES_MAX, Request, ServerSession, Step, Timestamp, encode_error, encode_event,
     encode_return,
