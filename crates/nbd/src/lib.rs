@@ -4,6 +4,7 @@
 //! - [`Server`]: exports [`vmferry_disk::Node`]s over any number of listeners. Requests that a node
 //!   holds wait in their connection, never in a worker; the connection's other requests go on.
 //!   A disk that was given up closes its connections without a reply.
+//! - [`Client`]: one connection, synchronous or with many requests under way.
 //! - [`errno`]: the one place where disk errors become NBD's numbers.
 
 #![forbid(unsafe_code)]
@@ -17,18 +18,24 @@
     )
 )]
 
+pub mod client;
 pub mod errno;
 pub mod negotiation;
 pub mod protocol;
 
+mod client_handshake;
+mod client_replies;
 mod connection;
 mod job;
 mod line;
 mod payload;
 mod reply;
 mod server;
+mod uri;
 mod window;
 mod workers;
 
+pub use client::{Client, ClientSettings, NbdError};
 pub use negotiation::Unavailable;
 pub use server::{Exports, Server, Settings};
+pub use uri::{NbdUri, NbdUriError, PORT};
