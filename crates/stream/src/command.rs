@@ -80,7 +80,7 @@ impl Command {
     /// QEMU's name.
     #[must_use]
     pub fn name(&self) -> &'static str {
-        name_of(self.number()).unwrap_or("?")
+        name_of(self.number()).unwrap_or_default()
     }
 
     fn number(&self) -> u16 {

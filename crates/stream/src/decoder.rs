@@ -313,6 +313,7 @@ impl Decoder {
     pub fn pass_rest(&mut self) {
         if !matches!(self.state, State::Opaque(_)) {
             self.state = State::Opaque(Tail::new(self.footers != Some(false)));
+            self.awaited = "rest of the stream";
         }
     }
 
@@ -346,10 +347,7 @@ impl Decoder {
             _ => Err(DecodeError {
                 offset: end,
                 field: self.awaited,
-                fault: Fault::Truncated {
-                    at: end,
-                    within: self.place(),
-                },
+                fault: Fault::Truncated(self.place()),
             }),
         }
     }
@@ -372,6 +370,7 @@ impl Decoder {
         let bytes = u32::try_from(self.payload_bytes).unwrap_or(u32::MAX);
         self.payload_bytes = self.payload_bytes.saturating_sub(u64::from(bytes));
         self.offset = self.offset.saturating_add(u64::from(bytes));
+        self.awaited = "payload";
         Step::Payload(bytes)
     }
 

@@ -19,7 +19,7 @@ pub enum Blame {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{fault} (byte {offset}, {field})")]
 pub struct DecodeError {
-    /// Offset in the stream of the first byte of the field.
+    /// Offset in the stream of the first byte of the field; where the input ended, if it is truncated.
     pub offset: u64,
     /// The field.
     pub field: &'static str,
@@ -43,13 +43,8 @@ impl DecodeError {
 #[non_exhaustive]
 pub enum Fault {
     /// The input ended before the stream did.
-    #[error("stream truncated at byte {at} inside {within}")]
-    Truncated {
-        /// Length of the input in bytes.
-        at: u64,
-        /// The part of the stream that it ended in.
-        within: String,
-    },
+    #[error("stream truncated inside {0}")]
+    Truncated(String),
     /// The first four bytes are not `QEVM`.
     #[error("not a migration stream: magic {0:#010x} instead of 0x5145564d")]
     BadMagic(u32),

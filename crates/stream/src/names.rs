@@ -68,6 +68,12 @@ impl std::ops::Deref for Name {
     }
 }
 
+impl std::borrow::Borrow<str> for Name {
+    fn borrow(&self) -> &str {
+        self
+    }
+}
+
 impl TryFrom<&str> for Name {
     type Error = NameTooLong;
 

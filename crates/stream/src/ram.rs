@@ -216,7 +216,10 @@ impl RamState {
     }
 
     fn read_page_size(&self, reader: &mut Reader<'_>) -> Parse<Option<u64>> {
-        let unusual = self.advised_page_bytes & !u64::from(self.page.bytes());
+        let usual_and_below = u64::from(self.page.bytes())
+            .saturating_mul(2)
+            .saturating_sub(1);
+        let unusual = self.advised_page_bytes & !usual_and_below;
         if unusual == 0 {
             return Ok(None);
         }
@@ -240,9 +243,10 @@ impl RamState {
             last.ok_or_else(|| reader.wrong(Fault::NoPreviousName))?
         };
         let page = RamPage {
-            block: block.clone(),
+            block,
             offset_bytes,
         };
+        let named = (flags & CONTINUE == 0).then(|| page.block.clone());
         let page_bytes = self.page.bytes();
         let record = match flags & !CONTINUE {
             ZERO => RamRecord::Zero {
@@ -267,7 +271,9 @@ impl RamState {
                 RamRecord::Compressed { page, bytes }
             }
         };
-        self.last_block = Some(block);
+        if named.is_some() {
+            self.last_block = named;
+        }
         Ok(record)
     }
 

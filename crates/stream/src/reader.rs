@@ -4,6 +4,7 @@
 //! it, with its place in the stream.
 
 use crate::error::{DecodeError, Fault};
+use crate::limits::MAX_HEADER_BYTES;
 use crate::names::Name;
 
 /// Why decoding stopped.
@@ -28,9 +29,11 @@ pub(crate) struct Reader<'a> {
 }
 
 impl<'a> Reader<'a> {
+    /// Of a longer window only the first [`MAX_HEADER_BYTES`] are looked at: no header may be longer,
+    /// whatever the window is.
     pub(crate) fn new(window: &'a [u8], base: u64) -> Self {
         Self {
-            rest: window,
+            rest: window.get(..MAX_HEADER_BYTES).unwrap_or(window),
             used: 0,
             base,
             field: ("start", 0),

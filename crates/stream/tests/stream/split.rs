@@ -1,0 +1,62 @@
+//! Records and payload do not depend on how the input is cut into windows.
+
+use vmferry_stream::Options;
+
+use crate::drive::{Split, find_footer, pass_rest, run, without_footers};
+use crate::{block_stream, capture, rounds, seeded};
+
+#[test]
+fn any_split_gives_the_same() {
+    let mut rng = seeded();
+    for name in [
+        "none-72",
+        "none-100",
+        "blk-72",
+        "pc-72",
+        "compress-72",
+        "ignore-shared-100",
+        "advise0-72",
+        "no-vmdesc-72",
+        "return-path-100.fwd",
+        "postcopy-72.fwd",
+        "postcopy-hugepages-100.fwd",
+        "multifd-100.conn0.fwd",
+    ] {
+        let input = capture(name);
+        for devices in [&pass_rest as crate::drive::Devices<'_>, &find_footer] {
+            let whole = run(&input, Options::default(), Split::Whole, devices);
+            for _ in 0..rounds(4) {
+                let cut = run(&input, Options::default(), Split::Random(&mut rng), devices);
+                assert!(whole == cut, "{name}");
+            }
+        }
+    }
+}
+
+#[test]
+fn any_split_of_a_broken_stream_gives_the_same_error() {
+    let mut rng = seeded();
+    let streams = [
+        (capture("none-72"), Options::default()),
+        (capture("compress-72"), Options::default()),
+        (capture("postcopy-72.fwd"), Options::default()),
+        (capture("pc-2.2-72"), without_footers()),
+        (block_stream(), Options::default()),
+    ];
+    let mut broken = 0;
+    for (input, options) in &streams {
+        for _ in 0..rounds(60) {
+            let mut input = input.clone();
+            let limit = input.len().min(250);
+            for _ in 0..rng.usize(1..4) {
+                let at = rng.usize(..limit);
+                input[at] = rng.u8(..);
+            }
+            let whole = run(&input, *options, Split::Whole, &find_footer);
+            let cut = run(&input, *options, Split::Random(&mut rng), &find_footer);
+            assert!(whole == cut, "{:?} and {:?}", whole.ending, cut.ending);
+            broken += usize::from(whole.ending.is_err());
+        }
+    }
+    assert!(broken > 50, "only {broken} streams were broken");
+}
