@@ -10,8 +10,10 @@
 //! that it can always be called off. Descriptors are created close-on-exec. The O_NONBLOCK flag of
 //! a descriptor that was handed in is never changed, because it belongs to everybody who shares
 //! the open file: sockets are used with MSG_DONTWAIT, pipes with RWF_NOWAIT (or, where the kernel
-//! lacks it, one `poll` for each piece that cannot block).
+//! lacks it, one `poll` for each piece that cannot block). Writing to a pipe without a reader is an
+//! error only where SIGPIPE is ignored, as it is in every Rust program.
 
+mod activation;
 mod ancillary;
 mod channel;
 mod command;
@@ -40,3 +42,14 @@ pub use writer::Writer;
 
 /// Result of a channel operation.
 pub type Result<T> = std::result::Result<T, ChannelError>;
+
+/// A random generator for tests; its seed is printed and can be given again as `VMFERRY_SEED`.
+#[cfg(test)]
+fn test_rng() -> fastrand::Rng {
+    let seed = std::env::var("VMFERRY_SEED")
+        .ok()
+        .and_then(|seed| seed.parse().ok())
+        .unwrap_or_else(|| fastrand::u64(..));
+    println!("VMFERRY_SEED={seed}");
+    fastrand::Rng::with_seed(seed)
+}

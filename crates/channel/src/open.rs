@@ -1,7 +1,7 @@
 //! Opening an address as a channel.
 
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc;
@@ -107,6 +107,7 @@ fn connect_tcp(
         let name = tcp_uri(address).to_string();
         let patience = Patience::new("connect to", &name, stop, share);
         match connect_one(family(address), &address, &patience) {
+            Ok(fd) if is_itself(fd.as_fd()) => last = patience.failed(Errno::CONNREFUSED),
             Ok(fd) => {
                 tune_tcp(fd.as_fd());
                 return Ok(Socket::new(fd, name));
@@ -116,6 +117,14 @@ fn connect_tcp(
         }
     }
     Err(last)
+}
+
+/// Is this socket connected to itself? TCP can do that when nobody listens on a port of this host
+/// and the kernel picks the very same port for our side; whoever retries for long will see it.
+fn is_itself(fd: BorrowedFd<'_>) -> bool {
+    let local = rustix::net::getsockname(fd).map(SocketAddr::try_from);
+    let remote = rustix::net::getpeername(fd).map(|peer| peer.map(SocketAddr::try_from));
+    matches!((local, remote), (Ok(Ok(local)), Ok(Some(Ok(remote)))) if local == remote)
 }
 
 /// Addresses of a host. Names are looked up in a thread of their own, because the look-up of the
@@ -243,4 +252,40 @@ fn open_folder(path: &Path) -> Option<OwnedFd> {
     };
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     rustix::fs::open(folder, flags, Mode::empty()).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_socket_connected_to_itself_is_told_from_others() {
+        let any: SocketAddr = "127.0.0.1:0".parse().unwrap();
+        let lonely = rustix::net::socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
+        rustix::net::bind(&lonely, &any).unwrap();
+        let own = SocketAddr::try_from(rustix::net::getsockname(&lonely).unwrap()).unwrap();
+        assert!(!is_itself(lonely.as_fd()));
+        rustix::net::connect(&lonely, &own).unwrap();
+        assert!(is_itself(lonely.as_fd()));
+
+        let listener = std::net::TcpListener::bind(any).unwrap();
+        let client = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        assert!(!is_itself(client.as_fd()));
+    }
+
+    #[test]
+    fn a_look_up_can_be_called_off() {
+        let stop = Stop::new().unwrap();
+        stop.trigger();
+        let error = resolve("localhost", 1, "tcp:localhost:1", &stop, None).unwrap_err();
+        assert!(error.is_stopped(), "{error}");
+        let stop = Stop::new().unwrap();
+        let addresses = resolve("localhost", 7, "tcp:localhost:7", &stop, None).unwrap();
+        assert!(
+            addresses
+                .iter()
+                .all(|address| address.ip().is_loopback() && address.port() == 7)
+        );
+        assert!(!addresses.is_empty());
+    }
 }

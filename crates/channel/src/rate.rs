@@ -194,12 +194,7 @@ mod tests {
 
     #[test]
     fn no_slice_ever_carries_more_than_its_limit() {
-        let seed = std::env::var("VMFERRY_SEED")
-            .ok()
-            .and_then(|seed| seed.parse().ok())
-            .unwrap_or_else(|| fastrand::u64(..));
-        println!("VMFERRY_SEED={seed}");
-        let mut rng = fastrand::Rng::with_seed(seed);
+        let mut rng = crate::test_rng();
         let start = Instant::now();
         for _ in 0..100 {
             let bytes_per_second = rng.u64(1..1 << 20);

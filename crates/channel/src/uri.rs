@@ -299,12 +299,7 @@ mod tests {
 
     #[test]
     fn any_text_is_either_refused_or_reads_back_equal() {
-        let seed = std::env::var("VMFERRY_SEED")
-            .ok()
-            .and_then(|seed| seed.parse().ok())
-            .unwrap_or_else(|| fastrand::u64(..));
-        println!("VMFERRY_SEED={seed}");
-        let mut rng = fastrand::Rng::with_seed(seed);
+        let mut rng = crate::test_rng();
         let pieces = [
             "tcp", "unix", "fd", "exec", "file", ":", ":", "-", "[", "]", "::1", "1", "70000", "a",
             ",offset=", "%", " ", "/", ",", "\u{e4}", "\n",

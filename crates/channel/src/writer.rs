@@ -340,15 +340,12 @@ impl<'a> Cursor<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Reader;
+    use crate::reader::Source;
 
     #[test]
     fn a_cursor_gives_every_byte_once_in_windows_of_any_size() {
-        let seed = std::env::var("VMFERRY_SEED")
-            .ok()
-            .and_then(|seed| seed.parse().ok())
-            .unwrap_or_else(|| fastrand::u64(..));
-        println!("VMFERRY_SEED={seed}");
-        let mut rng = fastrand::Rng::with_seed(seed);
+        let mut rng = crate::test_rng();
         for _ in 0..500 {
             let data: Vec<Vec<u8>> = (0..rng.usize(0..2 * SLICES_MAX))
                 .map(|_| (0..rng.usize(0..6)).map(|_| rng.u8(..)).collect())
@@ -371,5 +368,62 @@ mod tests {
             }
             assert_eq!(seen, data.concat());
         }
+    }
+
+    /// Both ends of a pipe on a kernel without RWF_NOWAIT for pipes.
+    fn polite_pipe(stop: &Stop) -> (Reader, Writer) {
+        let (input, output) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
+        let source = Source::Pipe {
+            fd: Arc::new(input),
+            nowait: false,
+        };
+        let sink = Sink::Pipe {
+            fd: Arc::new(output),
+            nowait: false,
+        };
+        (
+            Reader::new(source, "input".to_owned(), stop),
+            Writer::new(sink, "output".to_owned(), stop),
+        )
+    }
+
+    #[test]
+    fn a_pipe_that_must_be_polled_first_never_blocks_and_loses_nothing() {
+        let mut rng = crate::test_rng();
+        let mut data = vec![0; 500_000];
+        rng.fill(&mut data);
+        let (mut reader, mut writer) = polite_pipe(&Stop::new().unwrap());
+        let past = Some(Instant::now());
+        let error = reader.read_until(&mut [0; 1], past).unwrap_err();
+        assert!(matches!(error, ChannelError::TimedOut { .. }), "{error}");
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for piece in data.chunks(rng.usize(1..20_000)) {
+                    writer.write_all(piece).unwrap();
+                }
+                drop(writer);
+            });
+            let mut seen = vec![0; data.len()];
+            for piece in seen.chunks_mut(777) {
+                reader.read_exact(piece).unwrap();
+            }
+            assert!(seen == data);
+            assert_eq!(reader.read(&mut [0; 1]).unwrap(), 0);
+        });
+        // With nobody reading, a full pipe ends in the deadline, not in a write that hangs.
+        let (_reader, mut writer) = polite_pipe(&Stop::new().unwrap());
+        let error = writer.write_all_until(&[0; 1 << 20], past).unwrap_err();
+        assert!(matches!(error, ChannelError::TimedOut { .. }), "{error}");
+        assert!(writer.counter().bytes() > 0);
+    }
+
+    #[test]
+    fn a_descriptor_that_lacks_nowait_is_used_all_the_same() {
+        let mut sink = Sink::over(
+            Kind::Pipe,
+            Arc::new(std::fs::File::create("/dev/null").unwrap().into()),
+        );
+        assert!(sink.forget_nowait());
+        assert!(!sink.forget_nowait(), "an error after that is final");
     }
 }

@@ -23,6 +23,7 @@ const CASES: &[Case] = &[
     ("socket", socket_role, socket_case),
     ("no-listener", no_listener_role, no_listener_case),
     ("listener", listener_role, listener_case),
+    ("systemd", systemd_role, systemd_case),
     ("pipes", pipes_role, pipes_case),
     ("refused", refused_role, refused_case),
     ("stdio", stdio_role, stdio_case),
@@ -204,6 +205,37 @@ fn listener_role() {
         panic!("a socket is two-way");
     };
     shout(reader, writer);
+}
+
+fn systemd_case(role: &'static str) {
+    let folder = tempfile::tempdir().unwrap();
+    let sockets = ["a", "b"].map(|name| UnixListener::bind(folder.path().join(name)).unwrap());
+    let [a, b] = sockets.map(OwnedFd::from);
+    // The shell keeps its process id through `exec`, as systemd's own helper does.
+    let child = Command::new("/bin/sh")
+        .arg("-c")
+        .arg(format!(
+            "export LISTEN_PID=$$ LISTEN_FDS=2 LISTEN_FDNAMES=nbd; \
+             exec \"$0\" role {role} 3<&0 4<&1 < /dev/null > /dev/null"
+        ))
+        .arg(std::env::current_exe().unwrap())
+        .stdin(a)
+        .stdout(b)
+        .spawn()
+        .unwrap();
+    drop(UnixStream::connect(folder.path().join("b")).unwrap());
+    ended_well(child);
+}
+
+fn systemd_role() {
+    let listeners = Listener::from_systemd().unwrap();
+    let names: Vec<&str> = listeners.iter().map(|(name, _)| name.as_str()).collect();
+    assert_eq!(names, ["nbd", "unknown"]);
+    for ((_, listener), file) in listeners.iter().zip(["a", "b"]) {
+        assert!(matches!(listener.local(), Uri::Unix(path) if path.ends_with(file)));
+    }
+    listeners[1].1.accept(&stop()).unwrap();
+    assert!(Listener::from_systemd().is_err(), "they are given out once");
 }
 
 fn pipes_case(role: &'static str) {
