@@ -10,6 +10,8 @@ mod node;
 mod raw;
 #[cfg(any(test, feature = "simulated"))]
 pub mod simulated;
+#[cfg(test)]
+mod testing;
 
 pub use device::{BlockDevice, Cached, DiskError, Extent, ExtentKind, Limits, Unmap};
 pub use dirty::{CHUNK_BYTES, Chunk, DirtyBitmap};

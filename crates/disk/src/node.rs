@@ -202,8 +202,9 @@ impl Node {
         self.device.flush()
     }
 
-    /// Have `notice` called whenever holds are lifted or the disk is given up, until the
-    /// subscription is dropped. It must not block.
+    /// Have `notice` called whenever holds change or the disk is given up, until the subscription
+    /// is dropped. It must not block, and may come for nothing. Subscribe before you ask: a notice
+    /// between a refusal and the subscription would be missed.
     pub fn subscribe(self: &Arc<Self>, notice: impl Fn() + Send + Sync + 'static) -> Subscription {
         let mut observers = lock(&self.observers);
         observers.0 += 1;
@@ -215,10 +216,15 @@ impl Node {
         }
     }
 
-    /// Take the disk for one migration. While the lease lives nobody else gets one.
+    /// Take the disk for one migration. While the lease lives nobody else gets one, and nobody
+    /// gets one for a disk that was given up.
     pub fn lease(self: &Arc<Self>, user: &'static str) -> Result<Lease, InUse> {
         let mut occupancy = lock(&self.occupancy);
         if let Some(user) = occupancy.user {
+            return Err(InUse { user });
+        }
+        if self.held().is_none() {
+            let user = "another host";
             return Err(InUse { user });
         }
         occupancy.user = Some(user);
@@ -235,12 +241,17 @@ impl Node {
         }
     }
 
+    /// Change what is held. A disk that was given up stays given up.
     fn set_level(&self, level: u64) {
         let _ = self
             .gate
             .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |gate| {
-                Some(gate & WRITES_MASK | level << LEVEL_SHIFT)
+                let departed = gate >> LEVEL_SHIFT == LEVEL_DEPARTED;
+                (!departed).then_some(gate & WRITES_MASK | level << LEVEL_SHIFT)
             });
+    }
+
+    fn notify(&self) {
         let observers: Vec<Observer> = lock(&self.observers)
             .1
             .iter()
@@ -319,9 +330,13 @@ pub struct WritePermit {
 }
 
 impl WritePermit {
-    /// Write the range. `buf` has the permitted length.
+    /// Write the range.
+    ///
+    /// # Panics
+    ///
+    /// If `buf` has not the permitted length: what lies outside of it would not be marked dirty.
     pub fn write(self, buf: &[u8]) -> Result<(), DiskError> {
-        debug_assert_eq!(buf.len() as u64, self.length);
+        assert_eq!(buf.len() as u64, self.length);
         self.node.device.write_at(buf, self.offset)
     }
 
@@ -383,6 +398,7 @@ impl Lease {
     /// Let no new write (or no new request at all) begin.
     pub fn hold(&self, hold: Hold) {
         self.node.set_level(hold.level());
+        self.node.notify();
     }
 
     /// Wait at most `patience` for the writes in flight; true when there are none.
@@ -441,18 +457,21 @@ impl Lease {
         Leaving { lease: self }
     }
 
-    fn vacate(&self) -> Hold {
+    /// Let the next lease come. Level and user change under one lock: a level that is set after
+    /// the next user came would lift that user's holds.
+    fn vacate(&self, level: impl FnOnce(Hold) -> u64) {
         let mut occupancy = lock(&self.node.occupancy);
+        self.node.set_level(level(occupancy.resting));
         occupancy.user = None;
-        occupancy.resting
+        drop(occupancy);
+        self.node.notify();
     }
 }
 
 impl Drop for Lease {
     fn drop(&mut self) {
         if self.lift_on_drop {
-            let resting = self.vacate();
-            self.node.set_level(resting.level());
+            self.vacate(Hold::level);
         }
     }
 }
@@ -479,8 +498,7 @@ impl Leaving {
 
     /// It has left: requests fail from now on, here.
     pub fn give_up(self) {
-        self.lease.vacate();
-        self.lease.node.set_level(LEVEL_DEPARTED);
+        self.lease.vacate(|_| LEVEL_DEPARTED);
     }
 }
 
@@ -562,8 +580,13 @@ impl Claim {
     /// The run of bytes that starts at `offset`, which lies in the claim.
     pub fn extent(&self, offset: u64) -> Result<Extent, DiskError> {
         debug_assert!(self.bytes().contains(&offset));
-        let extent = self.node.device.status(offset, self.bytes().end - offset)?;
-        Ok(extent)
+        let left = self.bytes().end - offset;
+        let extent = self.node.device.status(offset, left)?;
+        Ok(Extent {
+            // A cursor that follows extents must move on and stay inside, whatever a backend says.
+            length: extent.length.min(left).max(1),
+            ..extent
+        })
     }
 
     /// Split the first `count` chunks off.
@@ -602,3 +625,6 @@ impl Claim {
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(test)]
+mod tests;

@@ -113,6 +113,7 @@ struct State {
     cache: CacheMode,
     quick_zeroes: bool,
     log: VecDeque<Logged>,
+    counts: BTreeMap<Operation, usize>,
 }
 
 #[derive(Clone, Debug)]
@@ -170,6 +171,7 @@ impl MemoryDisk {
             cache: CacheMode::Hit,
             quick_zeroes: true,
             log: VecDeque::new(),
+            counts: BTreeMap::new(),
         };
         Self {
             shared: Arc::new(Shared {
@@ -286,20 +288,17 @@ impl MemoryDisk {
         self.state().log.iter().copied().collect()
     }
 
-    /// How many of the logged operations are of this kind.
+    /// How many operations of this kind were asked for since the log was cleared, or ever.
     #[must_use]
     pub fn count(&self, operation: Operation) -> usize {
-        let state = self.state();
-        state
-            .log
-            .iter()
-            .filter(|entry| entry.operation == operation)
-            .count()
+        self.state().counts.get(&operation).copied().unwrap_or(0)
     }
 
-    /// Forget the log.
+    /// Forget the log and the counts.
     pub fn clear_log(&self) {
-        self.state().log.clear();
+        let mut state = self.state();
+        state.log.clear();
+        state.counts.clear();
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -364,6 +363,7 @@ impl MemoryDisk {
             "{operation:?} at {offset} of {length} bytes: past the end"
         );
         let mut state = self.state();
+        *state.counts.entry(operation).or_default() += 1;
         if state.log.len() == LOG_ENTRIES_MAX {
             state.log.pop_front();
         }
