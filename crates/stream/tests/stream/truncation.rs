@@ -58,12 +58,14 @@ fn at_every_byte_of_the_smallest_stream() {
 
 /// The whole stream from the body of a device section on.
 fn body<'a>(input: &'a [u8], section: &Section) -> &'a [u8] {
-    let header = [&[4], &section.id.0.to_be_bytes()[..]].concat();
+    let name_bytes = section.name.len() as u8;
+    let mut header = [&[4], &section.id.0.to_be_bytes()[..], &[name_bytes]].concat();
+    header.extend(section.name.bytes());
     let at = input
         .windows(header.len())
         .position(|window| window == header)
         .expect("section is in the stream");
-    &input[at + header.len() + 1 + section.name.len() + 8..]
+    &input[at + header.len() + 8..]
 }
 
 #[test]
