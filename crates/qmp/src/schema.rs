@@ -113,6 +113,8 @@ macro_rules! object {
     ) => {
         $(#[$meta])*
         #[derive(Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
+        // An older QEMU leaves out what came later; for arguments, what must be there is checked first.
+        #[serde(default)]
         pub struct $name {
             $(
                 $(#[$member_meta])*
