@@ -17,7 +17,7 @@ const STALL_PASSES: u32 = 5;
 
 /// Speed of something that is counted in bytes.
 #[derive(Clone, Copy, Debug)]
-pub struct Meter {
+pub(crate) struct Meter {
     since: Instant,
     at_bytes: u64,
     rate: Option<u64>,
@@ -26,25 +26,34 @@ pub struct Meter {
 impl Meter {
     /// Start at `bytes`.
     #[must_use]
-    pub fn new(now: Instant, bytes: u64) -> Self {
-        Self { since: now, at_bytes: bytes, rate: None }
+    pub(crate) fn new(now: Instant, bytes: u64) -> Self {
+        Self {
+            since: now,
+            at_bytes: bytes,
+            rate: None,
+        }
     }
 
     /// The counter stands at `bytes` now.
-    pub fn update(&mut self, now: Instant, bytes: u64) {
+    pub(crate) fn update(&mut self, now: Instant, bytes: u64) {
         let elapsed = now.saturating_duration_since(self.since);
         if elapsed < WINDOW {
             return;
         }
         self.rate = Some(rate(bytes.saturating_sub(self.at_bytes), elapsed));
-        *self = Self { since: now, at_bytes: bytes, ..*self };
+        *self = Self {
+            since: now,
+            at_bytes: bytes,
+            ..*self
+        };
     }
 
     /// Bytes per second; before the first window is over, the average so far.
     #[must_use]
-    pub fn bytes_per_second(&self, now: Instant, bytes: u64) -> u64 {
+    pub(crate) fn bytes_per_second(&self, now: Instant, bytes: u64) -> u64 {
         let elapsed = now.saturating_duration_since(self.since);
-        self.rate.unwrap_or_else(|| rate(bytes.saturating_sub(self.at_bytes), elapsed))
+        self.rate
+            .unwrap_or_else(|| rate(bytes.saturating_sub(self.at_bytes), elapsed))
     }
 }
 
@@ -55,7 +64,7 @@ fn rate(bytes: u64, elapsed: Duration) -> u64 {
 
 /// What the downtime would consist of, were the guest stopped now.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Forecast {
+pub(crate) struct Forecast {
     /// Reading the dirty chunks.
     pub read: Duration,
     /// Sending them.
@@ -67,7 +76,7 @@ pub struct Forecast {
 impl Forecast {
     /// For `bytes` that are left.
     #[must_use]
-    pub fn new(bytes: u64, read: Duration, bandwidth: u64, sync: Duration) -> Self {
+    pub(crate) fn new(bytes: u64, read: Duration, bandwidth: u64, sync: Duration) -> Self {
         let send = match bandwidth {
             0 if bytes > 0 => Duration::MAX,
             0 => Duration::ZERO,
@@ -81,21 +90,21 @@ impl Forecast {
 
     /// All of it. Reading and sending overlap.
     #[must_use]
-    pub fn total(&self) -> Duration {
+    pub(crate) fn total(&self) -> Duration {
         self.read.max(self.send).saturating_add(self.sync)
     }
 }
 
 /// Watches passes over the dirty chunks for progress.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct StallDetector {
+pub(crate) struct StallDetector {
     best_bytes: Option<u64>,
     passes_without_progress: u32,
 }
 
 impl StallDetector {
     /// A pass has ended with this much dirty. True if the migration gets nowhere.
-    pub fn pass_ended(&mut self, dirty_bytes: u64) -> bool {
+    pub(crate) fn pass_ended(&mut self, dirty_bytes: u64) -> bool {
         match self.best_bytes {
             // An eighth less is progress; noise is not.
             Some(best) if dirty_bytes > best - best / 8 => self.passes_without_progress += 1,
@@ -109,14 +118,19 @@ impl StallDetector {
 
     /// Does the migration get nowhere?
     #[must_use]
-    pub fn is_stalled(&self) -> bool {
+    pub(crate) fn is_stalled(&self) -> bool {
         self.passes_without_progress >= STALL_PASSES
     }
 }
 
 /// What an operator can do about a stall.
 #[must_use]
-pub fn stall_message(dirty_rate: u64, bandwidth: u64, forecast: Duration, limit: Duration) -> String {
+pub(crate) fn stall_message(
+    dirty_rate: u64,
+    bandwidth: u64,
+    forecast: Duration,
+    limit: Duration,
+) -> String {
     let mib = |bytes: u64| bytes >> 20;
     format!(
         "not getting closer: the guest dirties {} MiB/s, {} MiB/s are moved, the downtime would be \

@@ -1,1 +1,25 @@
 //! The migration engine: parameters, status, source, destination, hand-over.
+//!
+//! [`RunningSource`] sends disks away, [`receive`] takes them in. Both tell their course through
+//! [`Published`]; [`RecordFile`] remembers across crashes where a disk lives.
+
+mod convergence;
+mod destination;
+mod hand_over;
+mod parameters;
+mod record;
+mod residence;
+mod return_path;
+mod sink;
+mod source;
+mod status;
+
+pub use destination::{
+    Arrived, DestinationDisk, DestinationFailure, DestinationJob, Rest, receive,
+};
+pub use hand_over::{Committed, Decision, SourceDisk};
+pub use parameters::{Capabilities, DOWNTIME_LIMIT_MAX, Parameters};
+pub use record::{Record, RecordError, RecordFile, Residence};
+pub use residence::{Standing, Start, StartError, start};
+pub use source::{RequestError, RunningSource, SourceFailure, SourceJob, Target};
+pub use status::{Published, State, Status};

@@ -14,7 +14,10 @@ pub struct Parameters {
 
 impl Default for Parameters {
     fn default() -> Self {
-        Self { max_bandwidth: None, downtime_limit: Duration::from_millis(300) }
+        Self {
+            max_bandwidth: None,
+            downtime_limit: Duration::from_millis(300),
+        }
     }
 }
 
@@ -34,6 +37,10 @@ pub struct Capabilities {
 
 impl Default for Capabilities {
     fn default() -> Self {
-        Self { zero_blocks: true, return_path: true, pause_before_switchover: false }
+        Self {
+            zero_blocks: true,
+            return_path: true,
+            pause_before_switchover: false,
+        }
     }
 }

@@ -103,7 +103,10 @@ impl RecordFile {
                 PathBuf::from(path)
             }
         };
-        Self { disk: name.to_owned(), path }
+        Self {
+            disk: name.to_owned(),
+            path,
+        }
     }
 
     /// Where it is.
@@ -140,7 +143,12 @@ impl RecordFile {
     /// What the host said; the old record is then still there.
     pub fn write(&self, residence: Residence, peer: &str) -> Result<(), RecordError> {
         let peer = peer.chars().take(1024).collect();
-        let record = Record { version: 1, disk: self.disk.clone(), residence, peer };
+        let record = Record {
+            version: 1,
+            disk: self.disk.clone(),
+            residence,
+            peer,
+        };
         let text = serde_json::to_vec(&record).map_err(|e| self.damaged(e.to_string()))?;
         let mut fresh = self.path.as_os_str().to_owned();
         fresh.push(".new");
@@ -183,11 +191,18 @@ impl RecordFile {
     }
 
     fn io(&self, operation: &'static str, source: std::io::Error) -> RecordError {
-        RecordError::Io { path: self.path.clone(), operation, source }
+        RecordError::Io {
+            path: self.path.clone(),
+            operation,
+            source,
+        }
     }
 
     fn damaged(&self, reason: String) -> RecordError {
-        RecordError::Damaged { path: self.path.clone(), reason }
+        RecordError::Damaged {
+            path: self.path.clone(),
+            reason,
+        }
     }
 }
 
@@ -213,10 +228,15 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         let record = RecordFile::new("disk0", &folder.path().join("disk.raw"), None);
         assert_eq!(record.read().expect("readable"), None);
-        for residence in
-            [Residence::Incoming, Residence::Arrived, Residence::Leaving, Residence::Moved]
-        {
-            record.write(residence, "tcp:127.0.0.1:1").expect("writable");
+        for residence in [
+            Residence::Incoming,
+            Residence::Arrived,
+            Residence::Leaving,
+            Residence::Moved,
+        ] {
+            record
+                .write(residence, "tcp:127.0.0.1:1")
+                .expect("writable");
             let read = record.read().expect("readable").expect("a record");
             assert_eq!((read.residence, read.disk.as_str()), (residence, "disk0"));
         }
@@ -229,10 +249,21 @@ mod tests {
     fn a_damaged_record_is_not_taken_for_none() {
         let folder = tempfile::tempdir().expect("a folder");
         let record = RecordFile::new("a/b", &folder.path().join("x"), Some(folder.path()));
-        assert_eq!(record.path().file_name().and_then(|n| n.to_str()), Some("a%2fb.vmferry"));
-        for damage in ["", "{}", "nonsense", "{\"version\":2,\"disk\":\"a\",\"residence\":\"moved\",\"peer\":\"\"}"] {
+        assert_eq!(
+            record.path().file_name().and_then(|n| n.to_str()),
+            Some("a%2fb.vmferry")
+        );
+        for damage in [
+            "",
+            "{}",
+            "nonsense",
+            "{\"version\":2,\"disk\":\"a\",\"residence\":\"moved\",\"peer\":\"\"}",
+        ] {
             fs::write(record.path(), damage).expect("writable");
-            assert!(matches!(record.read(), Err(RecordError::Damaged { .. })), "{damage}");
+            assert!(
+                matches!(record.read(), Err(RecordError::Damaged { .. })),
+                "{damage}"
+            );
         }
         fs::write(record.path(), vec![b' '; 5000]).expect("writable");
         assert!(matches!(record.read(), Err(RecordError::Damaged { .. })));

@@ -47,7 +47,10 @@ impl State {
     /// Will it not change any more by itself?
     #[must_use]
     pub fn is_over(self) -> bool {
-        matches!(self, Self::None | Self::Completed | Self::Failed | Self::Cancelled)
+        matches!(
+            self,
+            Self::None | Self::Completed | Self::Failed | Self::Cancelled
+        )
     }
 }
 
@@ -115,7 +118,10 @@ impl Published {
     /// `observer` is called, without locks held, whenever state or pass has changed.
     #[must_use]
     pub fn new(observer: impl Fn(&Status) + Send + Sync + 'static) -> Self {
-        Self(Arc::new(Inner { observer: Some(Box::new(observer)), ..Inner::default() }))
+        Self(Arc::new(Inner {
+            observer: Some(Box::new(observer)),
+            ..Inner::default()
+        }))
     }
 
     /// What is known now.

@@ -1,0 +1,221 @@
+//! From the moment a disk may live elsewhere until somebody knows where it lives.
+//!
+//! ```text
+//!   leases, writes held ── commit ──▶ Committed ── EOF sent ──▶ SHUT 0: give_up
+//!        │ failure, cancel               │                      SHUT 1: serve_on
+//!        ▼                               │                      else:   undecided, held
+//!   holds lifted                         ▼
+//!                              a crash leaves the record `leaving`: recover
+//! ```
+//!
+//! [`Committed`] has no way back but a decision: dropping it leaves the disks held.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+
+use vmferry_disk::{InUse, Lease, Leaving, Node};
+
+use crate::record::{RecordError, RecordFile, Residence};
+
+/// A disk that can leave.
+#[derive(Clone, Debug)]
+pub struct SourceDisk {
+    /// The disk.
+    pub node: Arc<Node>,
+    /// Where it is written down that it leaves; `None` for disks that nothing restarts.
+    pub record: Option<RecordFile>,
+}
+
+/// Where disks shall live, as decided by a person or by the destination's answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Decision {
+    /// Here.
+    Serve,
+    /// There.
+    GiveUp,
+}
+
+/// Disks that may live elsewhere.
+#[derive(Debug)]
+#[must_use = "dropping it leaves the disks held"]
+pub struct Committed {
+    disks: Vec<Departing>,
+    peer: String,
+}
+
+#[derive(Debug)]
+struct Departing {
+    leaving: Leaving,
+    record: Option<RecordFile>,
+    /// What the record said before.
+    before: Option<Residence>,
+}
+
+impl Committed {
+    /// Write down that the disks leave, then hold everything. On failure they stay.
+    pub(crate) fn commit(
+        disks: Vec<(Lease, Option<RecordFile>)>,
+        peer: &str,
+        gate: &CancelGate,
+    ) -> Result<Self, CommitError> {
+        let mut departing = Vec::with_capacity(disks.len());
+        let mut failed = None;
+        for (lease, record) in disks {
+            // A lease leaves only once it is certain that all do.
+            match record
+                .as_ref()
+                .map(|record| leave(record, peer))
+                .transpose()
+            {
+                Ok(before) => departing.push((lease, record, before.flatten())),
+                Err(error) => {
+                    failed = Some(error);
+                    break;
+                }
+            }
+        }
+        let committed = match failed {
+            Some(error) => Err(CommitError::Record(error)),
+            None if !gate.commit() => Err(CommitError::Cancelled),
+            None => Ok(()),
+        };
+        if let Err(error) = committed {
+            for (_, record, before) in &departing {
+                restore(record.as_ref(), *before, peer);
+            }
+            return Err(error);
+        }
+        let depart = |(lease, record, before): (Lease, _, _)| Departing {
+            leaving: lease.leave(),
+            record,
+            before,
+        };
+        let disks = departing.into_iter().map(depart).collect();
+        Ok(Self {
+            disks,
+            peer: peer.to_owned(),
+        })
+    }
+
+    /// After a restart: hold disks whose records say `leaving`.
+    ///
+    /// # Errors
+    /// A disk that is in use already.
+    pub fn recover(disks: Vec<SourceDisk>, peer: &str) -> Result<Self, InUse> {
+        let leases: Vec<_> = disks
+            .into_iter()
+            .map(|disk| Ok((disk.node.lease("an undecided hand-over")?, disk.record)))
+            .collect::<Result<_, _>>()?;
+        let disks = leases.into_iter().map(|(lease, record)| Departing {
+            leaving: lease.leave(),
+            record,
+            // Whatever it was, it lives here if it is decided so, also if told to wait.
+            before: Some(Residence::Arrived),
+        });
+        Ok(Self {
+            disks: disks.collect(),
+            peer: peer.to_owned(),
+        })
+    }
+
+    /// The other side.
+    #[must_use]
+    pub fn peer(&self) -> &str {
+        &self.peer
+    }
+
+    /// Names of the disks.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.disks.iter().map(|disk| disk.leaving.node().name())
+    }
+
+    /// Carry out a decision.
+    pub fn decide(self, decision: Decision) {
+        for Departing {
+            leaving,
+            record,
+            before,
+        } in self.disks
+        {
+            match decision {
+                Decision::Serve => {
+                    restore(record.as_ref(), before, &self.peer);
+                    leaving.serve_on();
+                }
+                Decision::GiveUp => {
+                    // A disk whose record still says `leaving` is held after a restart: safe.
+                    if let Some(record) = &record
+                        && let Err(error) = record.write(Residence::Moved, &self.peer)
+                    {
+                        tracing::warn!(%error, "the disk has moved, but it could not be written down");
+                    }
+                    leaving.give_up();
+                }
+            }
+        }
+    }
+}
+
+/// The disks did not leave.
+#[derive(Debug)]
+pub(crate) enum CommitError {
+    Record(RecordError),
+    Cancelled,
+}
+
+/// Write `leaving`; returns what was written there before.
+fn leave(record: &RecordFile, peer: &str) -> Result<Option<Residence>, RecordError> {
+    let before = record.read()?.map(|record| record.residence);
+    record.write(Residence::Leaving, peer)?;
+    Ok(before)
+}
+
+/// A record that cannot be put back makes a restarted daemon hold its disk: safe, and worth a word.
+fn restore(record: Option<&RecordFile>, before: Option<Residence>, peer: &str) {
+    let Some(record) = record else { return };
+    let restored = match before {
+        Some(before) => record.write(before, peer),
+        None => record.clear(),
+    };
+    if let Err(error) = restored {
+        tracing::warn!(%error, "the disk stays here, but its record still says that it leaves");
+    }
+}
+
+/// Decides between a cancel and the point of no return: the first wins.
+#[derive(Debug, Default)]
+pub(crate) struct CancelGate(AtomicU8);
+
+const OPEN: u8 = 0;
+const CANCELLED: u8 = 1;
+const COMMITTED: u8 = 2;
+
+impl CancelGate {
+    /// False if it is too late.
+    pub(crate) fn cancel(&self) -> bool {
+        self.swap(CANCELLED)
+    }
+
+    /// False if it was cancelled.
+    pub(crate) fn commit(&self) -> bool {
+        self.swap(COMMITTED)
+    }
+
+    pub(crate) fn is_cancelled(&self) -> bool {
+        self.0.load(Ordering::SeqCst) == CANCELLED
+    }
+
+    pub(crate) fn is_committed(&self) -> bool {
+        self.0.load(Ordering::SeqCst) == COMMITTED
+    }
+
+    fn swap(&self, to: u8) -> bool {
+        match self
+            .0
+            .compare_exchange(OPEN, to, Ordering::SeqCst, Ordering::SeqCst)
+        {
+            Ok(_) => true,
+            Err(now) => now == to,
+        }
+    }
+}

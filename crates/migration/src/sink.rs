@@ -1,0 +1,89 @@
+//! The channel as a sink of the save machine.
+
+use std::io::IoSlice;
+use std::time::{Duration, Instant};
+
+use vmferry_channel::{ChannelError, RateLimit, Writer};
+use vmferry_savevm::{HandlerError, Sink};
+
+/// Small pieces are collected up to this many bytes.
+const COLLECT_BYTES: usize = 64 << 10;
+
+/// Collects small pieces and writes them with the next large one.
+pub(crate) struct ChannelSink {
+    writer: Writer,
+    small: Vec<u8>,
+    limit: RateLimit,
+}
+
+impl ChannelSink {
+    pub(crate) fn new(mut writer: Writer, limit: RateLimit) -> Self {
+        writer.set_rate_limit(limit.clone());
+        Self {
+            writer,
+            small: Vec::with_capacity(2 * COLLECT_BYTES),
+            limit,
+        }
+    }
+
+    /// Bytes that the channel has taken.
+    pub(crate) fn taken_bytes(&self) -> u64 {
+        self.writer.counter().bytes()
+    }
+
+    pub(crate) fn flush(&mut self) -> Result<(), ChannelError> {
+        if !self.small.is_empty() {
+            self.writer.write_all(&self.small)?;
+            self.small.clear();
+        }
+        Ok(())
+    }
+
+    /// How long to wait for the next time slice.
+    pub(crate) fn until_next_slice(&self) -> Duration {
+        let now = Instant::now();
+        self.limit.next_slice(now).saturating_duration_since(now)
+    }
+
+    pub(crate) fn into_writer(self) -> Writer {
+        self.writer
+    }
+
+    fn put_now(&mut self, parts: &[&[u8]]) -> Result<(), ChannelError> {
+        let length: usize = parts.iter().map(|part| part.len()).sum();
+        if length <= COLLECT_BYTES {
+            parts
+                .iter()
+                .for_each(|part| self.small.extend_from_slice(part));
+            return if self.small.len() < COLLECT_BYTES {
+                Ok(())
+            } else {
+                self.flush()
+            };
+        }
+        let mut slices = Vec::with_capacity(parts.len() + 1);
+        slices.push(IoSlice::new(&self.small));
+        slices.extend(parts.iter().map(|part| IoSlice::new(part)));
+        self.writer.write_vectored_all(&slices)?;
+        self.small.clear();
+        Ok(())
+    }
+}
+
+impl Sink for ChannelSink {
+    fn put(&mut self, parts: &[&[u8]]) -> Result<(), HandlerError> {
+        Ok(self.put_now(parts)?)
+    }
+
+    fn allowance(&self) -> u64 {
+        self.limit.allowance(Instant::now())
+    }
+
+    fn check(&self) -> Result<(), HandlerError> {
+        if self.writer.stop().is_triggered() {
+            Err(ChannelError::Stopped.into())
+        } else {
+            Ok(())
+        }
+    }
+}
