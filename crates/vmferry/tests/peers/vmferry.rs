@@ -105,6 +105,23 @@ impl Vmferry {
             self.errors()
         );
     }
+
+    /// Waits until it ends, with this status; the one line that says why.
+    pub(crate) fn fails(&mut self, code: i32) -> String {
+        let status = self.wait();
+        let errors = self.errors();
+        assert_eq!(
+            status.code(),
+            Some(code),
+            "vmferry ended with {status}: {errors}"
+        );
+        assert_eq!(
+            errors.lines().count(),
+            1,
+            "a failure is one clear line: {errors}"
+        );
+        errors
+    }
 }
 
 impl Drop for Vmferry {
