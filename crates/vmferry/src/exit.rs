@@ -79,6 +79,10 @@ impl Failure {
         self
     }
 
+    pub(crate) fn message(&self) -> &str {
+        &self.message
+    }
+
     /// Print the failure. What cannot be printed changes nothing.
     pub(crate) fn report(&self, out: &mut impl Write) {
         let _ = write!(out, "{self}");

@@ -32,6 +32,11 @@ fn main() -> ExitCode {
 
 fn run(cli: Cli) -> Result<Exit, Failure> {
     match cli.command {
+        Command::Migrate(flags) => commands::migrate::run(&flags),
+        Command::Status(flags) => commands::status::run(&flags),
+        Command::Cancel(flags) => commands::cancel::run(&flags),
+        Command::Set(flags) => commands::set::run(&flags),
+        Command::Resolve(flags) => commands::resolve::run(&flags),
         Command::Completions { shell } => commands::completions::run(shell),
         Command::Man { dir } => commands::man::run(dir.as_deref()),
         _ => Err(Failure::usage("not built yet")),

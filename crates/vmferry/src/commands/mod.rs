@@ -1,4 +1,11 @@
 //! What each command does.
 
+pub(crate) mod cancel;
 pub(crate) mod completions;
+mod daemon;
 pub(crate) mod man;
+pub(crate) mod migrate;
+pub(crate) mod resolve;
+pub(crate) mod set;
+pub(crate) mod status;
+mod watch;

@@ -28,6 +28,11 @@ impl Bar {
         self.bar.set_position(view.permille.into());
         self.bar.tick();
     }
+
+    /// Print a line above the bar.
+    pub(crate) fn note(&self, text: &str) {
+        self.bar.suspend(|| eprintln!("vmferry: {text}"));
+    }
 }
 
 impl Drop for Bar {

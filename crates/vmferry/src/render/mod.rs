@@ -1,6 +1,8 @@
 //! What a person, or a program, sees of a migration.
 
 mod bar;
+mod outcome;
+mod status;
 mod track;
 mod units;
 
@@ -9,6 +11,8 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
+pub(crate) use outcome::Outcome;
+pub(crate) use status::status;
 pub(crate) use track::{Phase, Sample, Track, View};
 
 /// Without a terminal a line is printed this often, and whenever the phase changes.
@@ -56,6 +60,14 @@ impl Progress {
         self.present(&view, now)
     }
 
+    /// Say something beside the progress.
+    pub(crate) fn note(&self, text: &str) {
+        match &self.style {
+            Style::Bar(bar) => bar.note(text),
+            Style::Lines(_) | Style::Json(_) => eprintln!("vmferry: {text}"),
+        }
+    }
+
     fn present(&mut self, view: &View, now: Duration) -> io::Result<()> {
         let interval = match &self.style {
             Style::Bar(_) => Duration::ZERO,
@@ -101,7 +113,7 @@ fn progress_object(view: &View) -> Value {
         "bytes-per-second": view.bytes_per_second,
         "dirty-bytes-per-second": view.dirty_bytes_per_second,
         "pass": view.pass,
-        "stalled": view.stalled,
+        "stall": view.stall,
     });
     if let Some(downtime) = view.expected_downtime {
         object["expected-downtime-ms"] = json!(downtime.as_millis() as u64);

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use super::units;
+use crate::exit::one_line;
 
 /// What the daemon says about a migration, at one moment.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -12,16 +13,14 @@ pub(crate) struct Sample {
     pub(crate) total_bytes: u64,
     /// Bytes that still have to be sent, as far as is known now.
     pub(crate) remaining_bytes: u64,
-    /// Bytes that were put on the wire.
-    pub(crate) sent_bytes: u64,
     pub(crate) bytes_per_second: u64,
     /// How fast guests make sent bytes stale.
     pub(crate) dirty_bytes_per_second: u64,
     /// 1 while the disks are sent for the first time.
     pub(crate) pass: u64,
     pub(crate) expected_downtime_ms: Option<u64>,
-    /// The guest writes as fast as we send: no end is in sight.
-    pub(crate) stalled: bool,
+    /// Why no end is in sight.
+    pub(crate) stall: Option<String>,
 }
 
 /// What a migration is doing.
@@ -65,9 +64,9 @@ pub(crate) struct View {
     pub(crate) dirty_bytes_per_second: u64,
     pub(crate) pass: u64,
     pub(crate) expected_downtime: Option<Duration>,
-    /// None while nothing moves, or while the guest writes as fast as we send.
+    /// None while nothing moves, or while the guest is too fast.
     pub(crate) eta: Option<Duration>,
-    pub(crate) stalled: bool,
+    pub(crate) stall: Option<String>,
 }
 
 /// Remembers how far the bar was.
@@ -105,7 +104,7 @@ impl Track {
             pass: self.pass,
             expected_downtime: sample.expected_downtime_ms.map(Duration::from_millis),
             eta: eta(sample),
-            stalled: sample.stalled,
+            stall: sample.stall.clone(),
         }
     }
 
@@ -138,7 +137,7 @@ fn eta(sample: &Sample) -> Option<Duration> {
             .saturating_sub(sample.dirty_bytes_per_second),
         Phase::Setup | Phase::SwitchOver | Phase::Cancelling | Phase::Over => 0,
     };
-    (gain > 0 && !sample.stalled)
+    (gain > 0 && sample.stall.is_none())
         .then(|| Duration::from_secs(sample.remaining_bytes.div_ceil(gain)))
 }
 
@@ -165,8 +164,8 @@ impl View {
         if let Some(downtime) = self.expected_downtime {
             parts.push(format!("downtime ~{}", units::time(downtime)));
         }
-        if self.stalled {
-            parts.push("the guest writes as fast as we send".to_owned());
+        if let Some(stall) = &self.stall {
+            parts.push(one_line(stall));
         } else if let Some(eta) = self.eta {
             parts.push(format!("ETA {}", units::time(eta)));
         }
@@ -271,7 +270,7 @@ mod tests {
         assert_eq!(eta(&behind), None);
         assert_eq!(
             eta(&Sample {
-                stalled: true,
+                stall: Some("the guest is too fast".into()),
                 ..dirty
             }),
             None
@@ -294,12 +293,12 @@ mod tests {
              ETA 2.0 s"
         );
         let stalled = track.view(&Sample {
-            stalled: true,
+            stall: Some("the guest is too fast".into()),
             ..sample(Phase::Dirty, 1000, 80)
         });
         assert_eq!(
             stalled.details(),
-            "920 MiB of 0.98 GiB, 100 MiB/s, pass 3, the guest writes as fast as we send"
+            "920 MiB of 0.98 GiB, 100 MiB/s, pass 3, the guest is too fast"
         );
     }
 

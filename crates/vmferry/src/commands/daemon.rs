@@ -1,0 +1,125 @@
+//! A running daemon, as the commands that control it see it.
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+use vmferry_channel::{Stop, Uri};
+use vmferry_qmp::types::{
+    MigrateSetCapabilities, MigrationCapability, MigrationCapabilityStatus, MigrationInfo,
+    MigrationParameters,
+};
+use vmferry_qmp::{Client, ClientError};
+
+use crate::exit::{Exit, Failure};
+use crate::flags::LimitFlags;
+use crate::flags::rate::Rate;
+
+/// A control connection.
+pub(crate) struct Daemon {
+    client: Client,
+}
+
+impl Daemon {
+    pub(crate) fn connect(address: &Uri) -> Result<Self, Failure> {
+        let stop = Stop::new()?;
+        let client = Client::connect(address, &stop).map_err(|error| {
+            Failure::new(Exit::Failed, format!("cannot reach the daemon: {error}"))
+                .hint("is it running, with --qmp and this address?")
+        })?;
+        Ok(Self { client })
+    }
+
+    /// How the migration stands.
+    pub(crate) fn migration(&mut self) -> Result<MigrationInfo, Failure> {
+        parsed(self.migration_object()?)
+    }
+
+    /// The same, as it was said.
+    pub(crate) fn migration_object(&mut self) -> Result<Value, Failure> {
+        self.execute("query-migrate", &json!({}))
+            .map_err(Into::into)
+    }
+
+    /// Set what was given.
+    pub(crate) fn set_limits(&mut self, limits: &LimitFlags) -> Result<(), Failure> {
+        let parameters = MigrationParameters {
+            max_bandwidth: limits.bandwidth.map(Rate::max_bandwidth),
+            downtime_limit: limits.downtime.map(|downtime| downtime.0),
+        };
+        if parameters == MigrationParameters::default() {
+            return Ok(());
+        }
+        self.execute("migrate-set-parameters", &parameters)?;
+        Ok(())
+    }
+
+    /// Switch one feature.
+    pub(crate) fn set_capability(
+        &mut self,
+        capability: MigrationCapability,
+        state: bool,
+    ) -> Result<(), Failure> {
+        let arguments = MigrateSetCapabilities {
+            capabilities: vec![MigrationCapabilityStatus { capability, state }],
+        };
+        self.execute("migrate-set-capabilities", &arguments)?;
+        Ok(())
+    }
+
+    /// Hand a descriptor over under a name.
+    pub(crate) fn getfd(
+        &mut self,
+        name: &str,
+        fd: std::os::fd::BorrowedFd<'_>,
+    ) -> Result<(), Refusal> {
+        self.client.getfd(name, fd).map_err(Refusal::from)
+    }
+
+    pub(crate) fn execute(
+        &mut self,
+        command: &str,
+        arguments: &impl Serialize,
+    ) -> Result<Value, Refusal> {
+        let arguments = serde_json::to_value(arguments)
+            .map_err(|error| Refusal::Lost(format!("{command}: {error}")))?;
+        self.client
+            .execute(command, arguments)
+            .map_err(Refusal::from)
+    }
+}
+
+/// Why a command was not carried out.
+#[derive(Debug)]
+pub(crate) enum Refusal {
+    /// The daemon said no, and why.
+    Refused(String),
+    /// The connection is gone: nobody knows.
+    Lost(String),
+}
+
+impl From<ClientError> for Refusal {
+    fn from(error: ClientError) -> Self {
+        match error {
+            ClientError::Refused { description, .. } => Self::Refused(description),
+            lost => Self::Lost(lost.to_string()),
+        }
+    }
+}
+
+impl From<Refusal> for Failure {
+    fn from(refusal: Refusal) -> Self {
+        match refusal {
+            Refusal::Refused(why) => Self::refused(why),
+            Refusal::Lost(why) => Self::new(Exit::Failed, format!("lost the daemon: {why}")),
+        }
+    }
+}
+
+fn parsed<T: DeserializeOwned>(value: Value) -> Result<T, Failure> {
+    serde_json::from_value(value).map_err(|error| {
+        Failure::new(
+            Exit::Failed,
+            format!("the daemon's answer is not understood: {error}"),
+        )
+    })
+}

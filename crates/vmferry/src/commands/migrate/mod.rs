@@ -1,0 +1,89 @@
+//! `vmferry migrate`.
+
+mod target;
+
+use std::io::{self, Write};
+
+use vmferry_channel::Uri;
+use vmferry_qmp::types::{Migrate, MigrationCapability};
+
+use super::daemon::Daemon;
+use super::watch::{Watched, watch};
+use crate::exit::{Exit, Failure};
+use crate::flags::MigrateFlags;
+use crate::render::{self, Outcome, Progress};
+use crate::signals::Signals;
+use target::Target;
+
+pub(crate) fn run(flags: &MigrateFlags) -> Result<Exit, Failure> {
+    let signals = Signals::new()?;
+    let mut daemon = Daemon::connect(&flags.daemon.qmp)?;
+    daemon.set_limits(&flags.limits)?;
+    daemon.set_capability(MigrationCapability::ZeroBlocks, !flags.no_zero_blocks)?;
+    if flags.check {
+        return check(flags, &mut daemon);
+    }
+    let mut target = Target::open(&flags.uri)?;
+    let uri = target.hand_over(&mut daemon, &flags.daemon.qmp)?;
+    daemon.execute("migrate", &arguments(flags, uri))?;
+    if flags.detach {
+        return Ok(Exit::Whole);
+    }
+    let watched = watch(&mut daemon, &signals, &mut Progress::new(json_out(flags)));
+    match watched? {
+        Watched::Detached => Ok(Exit::Whole),
+        Watched::Over(outcome) => {
+            target.finish();
+            report(flags, &outcome)?;
+            outcome.into_result()
+        }
+    }
+}
+
+/// Ask the daemon what would go wrong. Nothing is opened here for it: a command that is run, or a
+/// file that is emptied, would be more than a check.
+fn check(flags: &MigrateFlags, daemon: &mut Daemon) -> Result<Exit, Failure> {
+    daemon.execute(
+        "migrate",
+        &arguments(flags, target::as_daemon_sees(&flags.uri)?.to_string()),
+    )?;
+    if flags.json {
+        render::write_json(&mut *out(flags), &serde_json::json!({"event": "checked"}))?;
+    } else {
+        writeln!(out(flags), "nothing stands in the way")?;
+    }
+    Ok(Exit::Whole)
+}
+
+fn arguments(flags: &MigrateFlags, uri: String) -> Migrate {
+    Migrate {
+        uri,
+        x_disks: (!flags.disk.is_empty()).then(|| flags.disk.clone()),
+        x_one_way: Some(flags.one_way),
+        x_check: Some(flags.check),
+        ..Migrate::default()
+    }
+}
+
+fn report(flags: &MigrateFlags, outcome: &Outcome) -> io::Result<()> {
+    if flags.json {
+        return render::write_json(&mut *out(flags), &outcome.object());
+    }
+    match outcome {
+        Outcome::Completed(summary) => writeln!(out(flags), "completed: {}", summary.line()),
+        // The failure says it.
+        Outcome::Cancelled | Outcome::Failed(_) | Outcome::Undecided(_) => Ok(()),
+    }
+}
+
+fn json_out(flags: &MigrateFlags) -> Option<Box<dyn Write>> {
+    flags.json.then(|| out(flags))
+}
+
+/// Where reports go: standard output, unless that carries the stream.
+fn out(flags: &MigrateFlags) -> Box<dyn Write> {
+    match flags.uri {
+        Uri::Stdio | Uri::Fd(1) => Box::new(io::stderr()),
+        _ => Box::new(io::stdout()),
+    }
+}

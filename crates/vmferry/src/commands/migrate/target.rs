@@ -1,0 +1,300 @@
+//! Where a migration goes: an address for the daemon, or a descriptor that is opened here, as this
+//! user and in this folder, and handed to it.
+
+use std::fs::File;
+use std::io::{self, IsTerminal, Seek, SeekFrom};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, Signal};
+use vmferry_channel::Uri;
+
+use crate::commands::daemon::{Daemon, Refusal};
+use crate::exit::{Exit, Failure};
+
+/// Name of the descriptor at the daemon.
+const FD_NAME: &str = "vmferry-migrate";
+
+/// How long a command may take to end once the migration is over.
+const COMMAND_PATIENCE: Duration = Duration::from_secs(5);
+
+/// Runs a command so that Ctrl-C and a lost terminal do not reach it: Ctrl-C cancels through the
+/// daemon, and a detached migration still needs it. It stays in our process group, for a process
+/// in the background could not ask for a password.
+const SHELL_WRAPPER: &str = "trap '' HUP INT QUIT; eval \"$1\"";
+
+/// What was opened for a migration.
+#[derive(Debug)]
+pub(super) enum Target {
+    /// The daemon opens it.
+    Address(Uri),
+    /// A file; it is emptied from its offset on once the daemon has it.
+    File { file: File, offset: u64 },
+    /// An open descriptor.
+    Descriptor(OwnedFd),
+    /// A running command.
+    Command {
+        socket: UnixStream,
+        command: RunningCommand,
+    },
+}
+
+impl Target {
+    pub(super) fn open(uri: &Uri) -> Result<Self, Failure> {
+        let failed =
+            |error: io::Error| Failure::new(Exit::Failed, format!("cannot open {uri}: {error}"));
+        match uri {
+            Uri::Tcp { .. } | Uri::Unix(_) => as_daemon_sees(uri).map(Self::Address),
+            Uri::File { path, offset } => {
+                let file = open_file(path, *offset).map_err(failed)?;
+                Ok(Self::File {
+                    file,
+                    offset: *offset,
+                })
+            }
+            Uri::Fd(number) => inherited(*number).map(Self::Descriptor).map_err(failed),
+            Uri::Stdio => {
+                if io::stdout().is_terminal() {
+                    return Err(Failure::usage(
+                        "standard output is a terminal, not a channel",
+                    ));
+                }
+                let fd = io::stdout().as_fd().try_clone_to_owned().map_err(failed)?;
+                Ok(Self::Descriptor(fd))
+            }
+            Uri::Exec(command) => {
+                let (socket, command) = RunningCommand::start(command).map_err(failed)?;
+                Ok(Self::Command { socket, command })
+            }
+        }
+    }
+
+    /// Make it known to the daemon; the address that `migrate` takes.
+    pub(super) fn hand_over(
+        &mut self,
+        daemon: &mut Daemon,
+        address: &Uri,
+    ) -> Result<String, Failure> {
+        let fd = match &*self {
+            Self::Address(uri) => return Ok(uri.to_string()),
+            Self::File { file, .. } => file.as_fd(),
+            Self::Descriptor(fd) => fd.as_fd(),
+            Self::Command { socket, .. } => socket.as_fd(),
+        };
+        if !matches!(address, Uri::Unix(_)) {
+            return Err(Failure::refused(format!(
+                "a descriptor cannot be handed to the daemon at {address}"
+            ))
+            .hint("exec:, fd:, file: and - need a daemon whose --qmp is unix:PATH"));
+        }
+        daemon.getfd(FD_NAME, fd).map_err(|refusal| match refusal {
+            Refusal::Refused(why) => Failure::refused(why),
+            lost @ Refusal::Lost(_) => lost.into(),
+        })?;
+        if let Self::File { file, offset } = self {
+            file.set_len(*offset)?;
+        }
+        Ok(format!("fd:{FD_NAME}"))
+    }
+
+    /// The migration is over.
+    pub(super) fn finish(self) {
+        if let Self::Command { socket, command } = self {
+            // The end of its input, unless the daemon still holds it open.
+            drop(socket);
+            command.finish();
+        }
+    }
+}
+
+/// The daemon runs in another folder.
+pub(super) fn as_daemon_sees(uri: &Uri) -> Result<Uri, Failure> {
+    let absolute = |path: &Path| {
+        std::path::absolute(path)
+            .map_err(|error| Failure::usage(format!("{}: {error}", path.display())))
+    };
+    Ok(match uri {
+        Uri::Unix(path) => Uri::Unix(absolute(path)?),
+        Uri::File { path, offset } => Uri::File {
+            path: absolute(path)?,
+            offset: *offset,
+        },
+        other => other.clone(),
+    })
+}
+
+/// What the file holds before its offset, or at all, stays until the daemon has taken it.
+fn open_file(path: &Path, offset: u64) -> io::Result<File> {
+    let mut file = File::options()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(path)?;
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::other(
+            "it is no regular file; for a pipe or device use exec: or fd:",
+        ));
+    }
+    file.seek(SeekFrom::Start(offset))?;
+    Ok(file)
+}
+
+/// A duplicate of a descriptor that this process was started with.
+fn inherited(number: i32) -> io::Result<OwnedFd> {
+    let this = rustix::process::getpid();
+    let this = rustix::process::pidfd_open(this, PidfdFlags::empty())?;
+    Ok(rustix::process::pidfd_getfd(
+        this,
+        number,
+        PidfdGetfdFlags::empty(),
+    )?)
+}
+
+/// The command of an `exec:`.
+#[derive(Debug)]
+pub(super) struct RunningCommand {
+    child: Child,
+}
+
+impl RunningCommand {
+    /// Run it with one end of a socket as its standard input and output.
+    fn start(command: &str) -> io::Result<(UnixStream, Self)> {
+        let (ours, theirs) = UnixStream::pair()?;
+        let child = Command::new("/bin/sh")
+            .args(["-c", SHELL_WRAPPER, "sh", command])
+            .stdin(Stdio::from(OwnedFd::from(theirs.try_clone()?)))
+            .stdout(Stdio::from(OwnedFd::from(theirs)))
+            .spawn()?;
+        Ok((ours, Self { child }))
+    }
+
+    /// Let it end by itself, for a while; then tell it to.
+    fn finish(mut self) {
+        if !self.ends_within(COMMAND_PATIENCE) {
+            tracing::warn!("the command of exec: goes on, it is told to end");
+            if let Some(pid) = self.pid() {
+                // It may have ended just now.
+                let _ = rustix::process::kill_process(pid, Signal::TERM);
+            }
+            if !self.ends_within(COMMAND_PATIENCE) {
+                return;
+            }
+        }
+        match self.child.wait() {
+            Ok(status) if status.success() => {}
+            Ok(status) => tracing::warn!("the command of exec: ended with {status}"),
+            Err(error) => tracing::warn!("the command of exec: {error}"),
+        }
+    }
+
+    fn pid(&self) -> Option<Pid> {
+        i32::try_from(self.child.id()).ok().and_then(Pid::from_raw)
+    }
+
+    fn ends_within(&self, patience: Duration) -> bool {
+        let Some(Ok(end)) = self
+            .pid()
+            .map(|pid| rustix::process::pidfd_open(pid, PidfdFlags::empty()))
+        else {
+            return true;
+        };
+        let deadline = Instant::now() + patience;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let left = Timespec::try_from(left).ok();
+            let mut fds = [PollFd::new(&end, PollFlags::IN)];
+            match poll(&mut fds, left.as_ref()) {
+                Ok(ended) => return ended > 0,
+                Err(rustix::io::Errno::INTR) => {}
+                Err(_) => return false,
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+
+    use super::*;
+
+    #[test]
+    fn a_command_gets_both_directions_and_ends_with_its_input() {
+        let uri: Uri = "exec:printf 'ready '; exec tr a-z A-Z".parse().unwrap();
+        let Target::Command {
+            mut socket,
+            command,
+        } = Target::open(&uri).unwrap()
+        else {
+            panic!("no command");
+        };
+        socket.write_all(b"the stream").unwrap();
+        socket.shutdown(std::net::Shutdown::Write).unwrap();
+        let mut answer = String::new();
+        socket.read_to_string(&mut answer).unwrap();
+        assert_eq!(answer, "ready THE STREAM");
+        command.finish();
+    }
+
+    #[test]
+    fn the_signals_of_the_terminal_do_not_reach_a_command() {
+        let uri: Uri = "exec:kill -INT $$; kill -HUP $$; echo alive"
+            .parse()
+            .unwrap();
+        let Target::Command {
+            mut socket,
+            command,
+        } = Target::open(&uri).unwrap()
+        else {
+            panic!("no command");
+        };
+        let mut answer = String::new();
+        socket.read_to_string(&mut answer).unwrap();
+        assert_eq!(answer, "alive\n");
+        command.finish();
+    }
+
+    #[test]
+    fn a_file_keeps_what_is_before_the_offset_and_is_not_emptied_by_opening_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("stream");
+        std::fs::write(&path, b"headers and an old stream").unwrap();
+        let uri: Uri = format!("file:{},offset=7", path.display()).parse().unwrap();
+        let Target::File { mut file, offset } = Target::open(&uri).unwrap() else {
+            panic!("no file");
+        };
+        assert_eq!(std::fs::read(&path).unwrap(), b"headers and an old stream");
+        file.set_len(offset).unwrap();
+        file.write_all(b": new").unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"headers: new");
+    }
+
+    #[test]
+    fn an_inherited_descriptor_is_duplicated_and_others_are_refused() {
+        use std::os::fd::AsRawFd;
+        let (mut ours, theirs) = UnixStream::pair().unwrap();
+        let number = theirs.as_raw_fd();
+        let Target::Descriptor(fd) = Target::open(&Uri::Fd(number)).unwrap() else {
+            panic!("no descriptor");
+        };
+        drop(theirs);
+        File::from(fd).write_all(b"x").unwrap();
+        let mut byte = [0];
+        ours.read_exact(&mut byte).unwrap();
+        assert_eq!(&byte, b"x");
+        assert_eq!(Target::open(&Uri::Fd(9999)).unwrap_err().exit, Exit::Failed);
+    }
+
+    #[test]
+    fn paths_are_said_in_full() {
+        let uri = as_daemon_sees(&"unix:socket".parse().unwrap()).unwrap();
+        let here = std::env::current_dir().unwrap().join("socket");
+        assert_eq!(uri, Uri::Unix(here));
+    }
+}
