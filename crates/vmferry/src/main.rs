@@ -1,7 +1,10 @@
 //! The `vmferry` program: live migration for virtual machines and their disks.
 
 #![forbid(unsafe_code)]
-#![expect(dead_code, reason = "the commands that use it follow")]
+#![cfg_attr(
+    not(test),
+    expect(dead_code, reason = "the commands that use it follow")
+)]
 
 mod commands;
 mod disks;
@@ -37,6 +40,7 @@ fn run(cli: Cli) -> Result<Exit, Failure> {
         Command::Cancel(flags) => commands::cancel::run(&flags),
         Command::Set(flags) => commands::set::run(&flags),
         Command::Resolve(flags) => commands::resolve::run(&flags),
+        Command::Receive(flags) => commands::receive::run(&flags),
         Command::Completions { shell } => commands::completions::run(shell),
         Command::Man { dir } => commands::man::run(dir.as_deref()),
         _ => Err(Failure::usage("not built yet")),

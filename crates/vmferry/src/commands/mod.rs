@@ -5,6 +5,7 @@ pub(crate) mod completions;
 mod daemon;
 pub(crate) mod man;
 pub(crate) mod migrate;
+pub(crate) mod receive;
 pub(crate) mod resolve;
 pub(crate) mod set;
 pub(crate) mod status;

@@ -10,10 +10,13 @@ use std::io::{self, IsTerminal, Write};
 use std::time::Duration;
 
 use serde_json::{Value, json};
+use vmferry_channel::Uri;
 
 pub(crate) use outcome::Outcome;
 pub(crate) use status::status;
-pub(crate) use track::{Phase, Sample, Track, View};
+pub(crate) use track::{Phase, Sample};
+use track::{Track, View};
+pub(crate) use units::{bytes, count, time};
 
 /// Without a terminal a line is printed this often, and whenever the phase changes.
 const LINE_INTERVAL: Duration = Duration::from_secs(5);
@@ -102,6 +105,11 @@ impl Progress {
 pub(crate) fn write_json(out: &mut (impl Write + ?Sized), object: &Value) -> io::Result<()> {
     writeln!(out, "{object}")?;
     out.flush()
+}
+
+/// The object that tells where to connect to; `what` is `nbd`, `qmp` or `incoming`.
+pub(crate) fn listening(what: &str, address: &Uri) -> Value {
+    json!({"event": "listening", "what": what, "address": address.to_string()})
 }
 
 fn progress_object(view: &View) -> Value {
