@@ -1,6 +1,7 @@
 //! What a disk backend must be able to do.
 
 use std::io;
+use std::sync::Arc;
 
 /// A disk backend: plain, synchronous, callable from several threads at once.
 ///
@@ -45,6 +46,51 @@ pub trait BlockDevice: Send + Sync {
 
     /// Make everything written so far durable.
     fn flush(&self) -> Result<(), DiskError>;
+}
+
+/// A device that its maker wants to keep a handle to.
+impl<D: BlockDevice + ?Sized> BlockDevice for Arc<D> {
+    fn limits(&self) -> Limits {
+        (**self).limits()
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<(), DiskError> {
+        (**self).read_at(buf, offset)
+    }
+
+    fn read_cached_at(&self, buf: &mut [u8], offset: u64) -> Result<Cached, DiskError> {
+        (**self).read_cached_at(buf, offset)
+    }
+
+    fn write_at(&self, buf: &[u8], offset: u64) -> Result<(), DiskError> {
+        (**self).write_at(buf, offset)
+    }
+
+    fn write_zeroes(
+        &self,
+        offset: u64,
+        length: u64,
+        unmap: Unmap,
+        fast_only: bool,
+    ) -> Result<(), DiskError> {
+        (**self).write_zeroes(offset, length, unmap, fast_only)
+    }
+
+    fn discard(&self, offset: u64, length: u64) -> Result<(), DiskError> {
+        (**self).discard(offset, length)
+    }
+
+    fn status(&self, offset: u64, length: u64) -> Result<Extent, DiskError> {
+        (**self).status(offset, length)
+    }
+
+    fn start_writeback(&self, offset: u64, length: u64) -> Result<(), DiskError> {
+        (**self).start_writeback(offset, length)
+    }
+
+    fn flush(&self) -> Result<(), DiskError> {
+        (**self).flush()
+    }
 }
 
 /// What a device is like.

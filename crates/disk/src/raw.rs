@@ -115,8 +115,8 @@ pub struct RawDisk {
     no_punch: AtomicBool,
     no_zero_range: AtomicBool,
     no_seek: AtomicBool,
-    // Dropped last: the image is ours until the file is closed.
-    _lock: Option<ImageLock>,
+    // After the file, so that it is dropped last: the image is ours until all is closed.
+    lock: Mutex<Option<ImageLock>>,
 }
 
 impl RawDisk {
@@ -216,7 +216,7 @@ impl RawDisk {
             no_punch: AtomicBool::new(false),
             no_zero_range: AtomicBool::new(false),
             no_seek: AtomicBool::new(is_device),
-            _lock: lock,
+            lock: Mutex::new(lock),
         })
     }
 
@@ -224,6 +224,20 @@ impl RawDisk {
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Take the image lock if the disk was opened without, or gave it back.
+    pub fn lock_image(&self) -> Result<(), LockError> {
+        let mut lock = lock(&self.lock);
+        if lock.is_none() {
+            *lock = lock_if(true, &self.file, &self.path, self.limits.read_only)?;
+        }
+        Ok(())
+    }
+
+    /// Give the image lock back while the disk stays open: somebody else may use the image now.
+    pub fn unlock_image(&self) {
+        drop(lock(&self.lock).take());
     }
 
     /// Is there anything on the disk that writing to it could destroy?
@@ -665,3 +679,6 @@ fn write_back_range(file: &File, offset: u64, length: u64) -> io::Result<()> {
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(test)]
+mod tests;

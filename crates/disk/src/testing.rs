@@ -12,10 +12,10 @@ pub(crate) fn rng() -> fastrand::Rng {
     fastrand::Rng::with_seed(seed)
 }
 
-/// `rounds`, or many more if `VMFERRY_LONG` is set.
+/// `rounds`, or many more if `VMFERRY_LONG` is 1.
 pub(crate) fn rounds(rounds: usize) -> usize {
-    match env::var_os("VMFERRY_LONG") {
-        Some(_) => rounds * 50,
-        None => rounds,
+    match env::var("VMFERRY_LONG").as_deref() {
+        Ok("1") => rounds * 50,
+        _ => rounds,
     }
 }
