@@ -27,6 +27,9 @@ use crate::tail::{Ending, Tail};
 
 pub(crate) const MAGIC: u32 = 0x5145_564d;
 pub(crate) const VERSION: u32 = 3;
+pub(crate) const DESCRIPTION: u8 = 0x06;
+/// So much of a window is passed on in one step; fits into the announcement.
+const MAX_PASSED_BYTES: usize = 1 << 30;
 
 /// What is known of a stream before it is read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -269,14 +272,13 @@ impl Decoder {
         }
         self.seen = self.seen.max(self.offset.saturating_add(bytes_of(window)));
         if let State::Opaque(tail) = &mut self.state {
-            let bytes = u32::try_from(window.len()).unwrap_or(u32::MAX);
-            if bytes == 0 {
+            let window = window.get(..MAX_PASSED_BYTES).unwrap_or(window);
+            if window.is_empty() {
                 return Ok(Step::NeedMore(1));
             }
-            let (passed, _) = window.split_at(window.len().min(length_of(bytes)));
-            tail.push(passed);
-            self.offset = self.offset.saturating_add(u64::from(bytes));
-            return Ok(Step::Payload(bytes));
+            tail.push(window);
+            self.payload_bytes = bytes_of(window);
+            return Ok(self.announce());
         }
         let mut reader = Reader::new(window, self.offset);
         match self.read(&mut reader) {
@@ -313,7 +315,6 @@ impl Decoder {
     pub fn pass_rest(&mut self) {
         if !matches!(self.state, State::Opaque(_)) {
             self.state = State::Opaque(Tail::new(self.footers != Some(false)));
-            self.awaited = "rest of the stream";
         }
     }
 
@@ -355,9 +356,13 @@ impl Decoder {
     /// Where in the stream the decoder is, in words.
     fn place(&self) -> String {
         match (&self.state, &self.open) {
+            (State::Opaque(_), None) => "what was passed on".into(),
+            (State::Opaque(_), Some(section)) => {
+                format!("what was passed on from section '{}' on", section.name)
+            }
             (State::Header, _) => "the header".into(),
             (State::Configuration, _) => "the configuration".into(),
-            (State::Body(_) | State::Footer | State::Opaque(_), Some(section)) => {
+            (State::Body(_) | State::Footer, Some(section)) => {
                 format!("section '{}' ({})", section.name, section.id)
             }
             (State::AfterEof | State::Ended, _) => "the description".into(),
@@ -601,12 +606,6 @@ impl Decoder {
     }
 }
 
-pub(crate) const DESCRIPTION: u8 = 0x06;
-
 fn bytes_of(window: &[u8]) -> u64 {
     u64::try_from(window.len()).unwrap_or(u64::MAX)
-}
-
-fn length_of(bytes: u32) -> usize {
-    usize::try_from(bytes).unwrap_or(usize::MAX)
 }

@@ -19,7 +19,7 @@ pub const MAX_CAPABILITIES: u32 = 64;
 /// each VFIO device.
 pub const MAX_LIVE_SECTIONS: usize = 256;
 
-/// RAM blocks in one list. A machine with every slot filled has a few hundred.
+/// RAM blocks that one stream lists. A machine with every slot filled has a few hundred.
 pub const MAX_RAM_BLOCKS: u32 = 4096;
 
 /// Sector numbers stay below this, so that every byte offset of a disk fits into an `i64`.

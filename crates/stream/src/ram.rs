@@ -127,13 +127,9 @@ pub(crate) struct RamState {
     /// All page sizes of the sender, ORed (POSTCOPY_ADVISE).
     pub(crate) advised_page_bytes: u64,
     last_block: Option<Name>,
-    list: Option<List>,
-}
-
-/// What is left of a block list.
-#[derive(Clone, Copy, Debug)]
-struct List {
-    bytes: u64,
+    /// What the block list's total leaves for blocks to come.
+    list_bytes_left: u64,
+    /// Blocks listed so far.
     blocks: u32,
 }
 
@@ -145,7 +141,8 @@ impl RamState {
             mapped: false,
             advised_page_bytes: 0,
             last_block: None,
-            list: None,
+            list_bytes_left: 0,
+            blocks: 0,
         }
     }
 
@@ -159,9 +156,8 @@ impl RamState {
 
     /// Read the next record. Nothing changes unless it is whole and right.
     pub(crate) fn read(&mut self, reader: &mut Reader<'_>) -> Parse<RamRecord> {
-        match self.list {
-            Some(list) if list.bytes > 0 => return self.read_block(list, reader),
-            _ => {}
+        if self.list_bytes_left > 0 {
+            return self.read_block(reader);
         }
         let word = reader.u64("ram record")?;
         let page_mask = u64::from(self.page.bytes()).saturating_sub(1);
@@ -169,10 +165,7 @@ impl RamState {
         match flags & !CONTINUE {
             BLOCK_LIST if self.mapped => Err(reader.wrong(Fault::Unsupported("mapped-ram"))),
             BLOCK_LIST => {
-                self.list = Some(List {
-                    bytes: value,
-                    blocks: 0,
-                });
+                self.list_bytes_left = value;
                 Ok(RamRecord::BlockList { total_bytes: value })
             }
             ZERO | PAGE | XBZRLE | COMPRESSED => self.read_page(value, flags, reader),
@@ -185,17 +178,17 @@ impl RamState {
         }
     }
 
-    fn read_block(&mut self, list: List, reader: &mut Reader<'_>) -> Parse<RamRecord> {
+    fn read_block(&mut self, reader: &mut Reader<'_>) -> Parse<RamRecord> {
         let name = reader.name("ram block name")?;
-        let blocks = list.blocks.saturating_add(1);
+        let blocks = self.blocks.saturating_add(1);
         reader.at_most(u64::from(blocks), u64::from(MAX_RAM_BLOCKS))?;
         let used_bytes = reader.u64("ram block length")?;
         reader.multiple(used_bytes, u64::from(self.page.bytes()))?;
-        let Some(left) = list.bytes.checked_sub(used_bytes) else {
+        let Some(left) = self.list_bytes_left.checked_sub(used_bytes) else {
             return Err(reader.wrong(Fault::BlockListOverrun {
                 name,
                 bytes: used_bytes,
-                left: list.bytes,
+                left: self.list_bytes_left,
             }));
         };
         let page_bytes = self.read_page_size(reader)?;
@@ -203,10 +196,8 @@ impl RamState {
             .guest_addresses
             .then(|| reader.u64("ram block guest address"))
             .transpose()?;
-        self.list = Some(List {
-            bytes: left,
-            blocks,
-        });
+        self.list_bytes_left = left;
+        self.blocks = blocks;
         Ok(RamRecord::Block {
             name,
             used_bytes,

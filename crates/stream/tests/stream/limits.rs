@@ -166,6 +166,12 @@ fn ram_blocks() {
     };
     let max = MAX_RAM_BLOCKS;
     assert_eq!(fault(&[HEAD, RAM, &list(max)]), None);
+    let rest = b"\x01m\0\0\0\0\0\0\x10\0";
+    assert_eq!(
+        fault(&[HEAD, RAM, &list(max / 2), rest, &list(max / 2)]),
+        over(u64::from(max) + 1, u64::from(max)),
+        "both lists of a stream count"
+    );
     assert_eq!(
         fault(&[HEAD, RAM, &list(max + 1)]),
         over(u64::from(max) + 1, u64::from(max))

@@ -126,6 +126,17 @@ fn the_error_says_where_and_in_what() {
         message(100_000),
         "stream truncated inside section 'block' (0x1) (byte 100000, payload)"
     );
+    let none = capture("none-72");
+    let passed = run(
+        &none[..none.len() - 1],
+        Options::default(),
+        Split::Whole,
+        &pass_rest,
+    );
+    assert_eq!(
+        passed.ending.expect_err("truncated").to_string(),
+        "stream truncated inside what was passed on from section 'timer' on (byte 746, payload)"
+    );
     assert_eq!(
         message(input.len() - 1),
         "stream truncated inside the description (byte 1048713, payload)"
