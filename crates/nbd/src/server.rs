@@ -384,8 +384,11 @@ impl Catalog for &dyn Exports {
             length: limits.length,
             read_only: limits.read_only,
             preferred_bytes: limits.preferred_bytes,
-            description: self.description(name),
         };
         Ok((node, info))
+    }
+
+    fn description(&self, name: &str) -> Option<String> {
+        Exports::description(*self, name)
     }
 }

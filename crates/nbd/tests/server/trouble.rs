@@ -1,0 +1,456 @@
+//! What the server does when clients, disks or the server itself go away.
+
+use std::io::Write;
+use std::net::Shutdown;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::support::{Running, eventually, option, request, serve, serve_with};
+use vmferry_channel::Stop;
+use vmferry_disk::simulated::{MemoryDisk, Operation as Disk};
+use vmferry_disk::{BlockDevice, Cached, DiskError, Extent, ExtentKind, Hold, Limits, Node, Unmap};
+use vmferry_nbd::client::{Operation, Outcome};
+use vmferry_nbd::protocol::{Command, OptionCode};
+use vmferry_nbd::{Client, ClientSettings, NbdError, Settings};
+
+const LENGTH: u64 = 4 << 20;
+
+fn write(offset: u64, length: usize) -> Operation {
+    Operation::Write {
+        offset,
+        data: vec![7; length],
+        fua: false,
+    }
+}
+
+fn read(offset: u64) -> Operation {
+    Operation::Read {
+        offset,
+        length: 512,
+    }
+}
+
+#[test]
+fn garbage_instead_of_a_handshake_closes() {
+    let (running, _node) = serve(&MemoryDisk::new(LENGTH));
+    for garbage in [&b"GET / HTTP/1.1\r\n\r\n"[..], &[0xff; 64], &[0; 64]] {
+        let mut raw = running.raw();
+        raw.send(garbage);
+        assert_eq!(raw.receive_to_end().len(), 18);
+    }
+    running.await_connections(0);
+}
+
+#[test]
+fn garbage_instead_of_a_request_closes() {
+    let (running, _node) = serve(&MemoryDisk::new(LENGTH));
+    let mut raw = running.raw();
+    raw.enter("disk");
+    raw.send(&[0x55; 28]);
+    assert_eq!(raw.receive_to_end(), []);
+    running.await_connections(0);
+}
+
+#[test]
+fn an_unknown_export_by_its_old_option_closes() {
+    let (running, _node) = serve(&MemoryDisk::new(LENGTH));
+    let mut raw = running.raw();
+    raw.send(&3u32.to_be_bytes());
+    raw.send(&option(OptionCode::EXPORT_NAME, b"other"));
+    assert_eq!(raw.receive_to_end().len(), 18);
+}
+
+#[test]
+fn silence_in_the_handshake_closes() {
+    let settings = Settings {
+        handshake_timeout: Duration::from_millis(100),
+        ..Settings::default()
+    };
+    let (running, _node) = serve_with(&MemoryDisk::new(LENGTH), settings);
+    let mut silent = running.raw();
+    assert_eq!(silent.receive_to_end().len(), 18);
+    // One that asks and never reads the answers is no better.
+    let mut deaf = running.raw();
+    let question = option(OptionCode::LIST, &[]).repeat(1000);
+    let _ = deaf.stream.write_all(&3u32.to_be_bytes());
+    while deaf.stream.write_all(&question).is_ok() {}
+    running.await_connections(0);
+}
+
+#[test]
+fn silence_after_the_handshake_is_fine() {
+    let settings = Settings {
+        handshake_timeout: Duration::from_millis(200),
+        ..Settings::default()
+    };
+    let (running, _node) = serve_with(&MemoryDisk::new(LENGTH), settings);
+    let mut patient = running.client();
+    let mut silent = running.raw();
+    silent.receive_to_end();
+    patient.read(0, &mut [0; 10]).unwrap();
+}
+
+#[test]
+fn clients_over_the_limit_are_sent_away() {
+    let settings = Settings {
+        connections_max: 2,
+        ..Settings::default()
+    };
+    let (running, _node) = serve_with(&MemoryDisk::new(LENGTH), settings);
+    let (first, mut second) = (running.client(), running.raw());
+    second.receive(18);
+    assert_eq!(running.raw().receive_to_end(), []);
+    first.disconnect().unwrap();
+    running.await_connections(1);
+    running.client().flush().unwrap();
+}
+
+#[test]
+fn held_writes_wait_while_reads_and_flushes_go_on() {
+    let disk = MemoryDisk::new(LENGTH);
+    let (running, node) = serve(&disk);
+    let mut client = running.client();
+    let lease = node.lease("test").unwrap();
+    lease.hold(Hold::Writes);
+    let mut held = Vec::new();
+    for length in [10, 4096, 100_000] {
+        held.push(client.submit(write(0, length)).unwrap());
+    }
+    let trim = Operation::Trim {
+        offset: 1 << 20,
+        length: 4096,
+    };
+    held.push(client.submit(trim).unwrap());
+    for operation in [read(0), Operation::Flush, read(1 << 20)] {
+        let cookie = client.submit(operation).unwrap();
+        assert_eq!(client.wait().unwrap().unwrap().cookie, cookie);
+    }
+    assert_eq!(disk.count(Disk::Write) + disk.count(Disk::Discard), 0);
+    assert!(lease.drain(Duration::ZERO), "nothing is in flight");
+    drop(lease);
+    for _ in 0..held.len() {
+        let completion = client.wait().unwrap().unwrap();
+        held.retain(|cookie| *cookie != completion.cookie);
+        assert_eq!(completion.result, Ok(Outcome::Done));
+    }
+    assert!(held.is_empty());
+    assert!(disk.snapshot()[..100_000].iter().all(|byte| *byte == 7));
+    assert_eq!(node.dirty().count(), 2);
+}
+
+#[test]
+fn reads_wait_too_when_everything_is_held() {
+    let disk = MemoryDisk::new(LENGTH);
+    let (running, node) = serve(&disk);
+    let mut client = running.client();
+    let lease = node.lease("test").unwrap();
+    lease.hold(Hold::Everything);
+    let status = Operation::BlockStatus {
+        offset: 0,
+        length: 512,
+    };
+    for operation in [read(0), status, write(0, 1)] {
+        client.submit(operation).unwrap();
+    }
+    let flush = client.submit(Operation::Flush).unwrap();
+    assert_eq!(client.wait().unwrap().unwrap().cookie, flush);
+    assert_eq!(disk.count(Disk::Read) + disk.count(Disk::Status), 0);
+    lease.hold(Hold::Writes);
+    client.wait().unwrap().unwrap().result.unwrap();
+    client.wait().unwrap().unwrap().result.unwrap();
+    assert_eq!(disk.count(Disk::Write), 0);
+    drop(lease);
+    client.wait().unwrap().unwrap().result.unwrap();
+}
+
+#[test]
+fn a_full_list_of_held_writes_stops_the_reading_and_nothing_is_lost() {
+    let disk = MemoryDisk::new(LENGTH);
+    let settings = Settings {
+        held_bytes_max: 1 << 20,
+        ..Settings::default()
+    };
+    let (running, node) = serve_with(&disk, settings);
+    let mut other = running.client();
+    let mut raw = running.raw();
+    raw.enter("disk");
+    let lease = node.lease("test").unwrap();
+    lease.hold(Hold::Writes);
+    // A correct server leaves these in the socket sooner or later. A wrong one that is slow might
+    // pass, a correct one never fails.
+    raw.stream
+        .set_write_timeout(Some(Duration::from_millis(300)))
+        .unwrap();
+    let mut message = request(Command::WRITE, 1, 0, 65536).encode().to_vec();
+    message.extend([7; 65536]);
+    let (mut sent, mut rest) = (0usize, &message[..]);
+    loop {
+        match raw.stream.write(rest) {
+            Ok(count) => {
+                sent += count;
+                rest = &rest[count..];
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => break,
+            Err(error) => panic!("{error}"),
+        }
+        if rest.is_empty() {
+            rest = &message;
+        }
+        assert!(sent < 64 << 20, "the server swallows everything");
+    }
+    other.read(0, &mut [0; 512]).unwrap();
+    assert_eq!(disk.count(Disk::Write), 0);
+    drop(lease);
+    let mut stream = raw.stream.try_clone().unwrap();
+    let missing = rest.to_vec();
+    let sender = std::thread::spawn(move || {
+        stream
+            .set_write_timeout(Some(crate::support::PATIENCE))
+            .unwrap();
+        stream.write_all(&missing).unwrap();
+    });
+    for _ in 0..sent.div_ceil(message.len()) {
+        assert_eq!(raw.simple_reply(), (0, 1));
+    }
+    sender.join().unwrap();
+}
+
+#[test]
+fn held_writes_of_a_client_that_goes_away_are_not_done() {
+    let disk = MemoryDisk::new(LENGTH);
+    let settings = Settings {
+        held_bytes_max: 4096,
+        ..Settings::default()
+    };
+    let (running, node) = serve_with(&disk, settings);
+    let lease = node.lease("test").unwrap();
+    lease.hold(Hold::Writes);
+    // One whose socket is still read, and one whose list is full.
+    let mut reading = running.client();
+    reading.submit(write(0, 10)).unwrap();
+    reading.read(0, &mut [0; 10]).unwrap();
+    let mut full = running.raw();
+    full.enter("disk");
+    full.request(request(Command::WRITE, 1, 0, 8192));
+    full.send(&[7; 8192]);
+    full.request(request(Command::READ, 2, 0, 512));
+    drop(reading);
+    full.stream.shutdown(Shutdown::Write).unwrap();
+    running.await_connections(0);
+    drop(lease);
+    running.client().flush().unwrap();
+    assert_eq!(disk.count(Disk::Write), 0);
+}
+
+#[test]
+fn a_disk_that_departs_closes_its_clients_without_an_answer() {
+    let disk = MemoryDisk::new(LENGTH);
+    let (running, node) = serve(&disk);
+    let (mut waiting, mut idle) = (running.client(), running.client());
+    let lease = node.lease("test").unwrap();
+    lease.hold(Hold::Writes);
+    waiting.submit(write(0, 10)).unwrap();
+    waiting.submit(write(0, 100_000)).unwrap();
+    waiting.read(0, &mut [0; 10]).unwrap();
+    lease.leave().give_up();
+    assert!(matches!(waiting.wait(), Err(NbdError::Closed { .. })));
+    assert!(matches!(idle.flush(), Err(NbdError::Closed { .. })));
+    running.await_connections(0);
+    assert_eq!(disk.count(Disk::Write), 0);
+    let stop = Stop::new().unwrap();
+    let again = Client::connect(&running.uri("disk"), &ClientSettings::default(), &stop);
+    let error = again.unwrap_err().to_string();
+    assert!(error.contains("ERR_SHUTDOWN"), "{error}");
+}
+
+#[test]
+fn a_client_that_goes_away_in_the_middle_of_a_write_changes_nothing() {
+    let disk = MemoryDisk::new(LENGTH);
+    let (running, node) = serve(&disk);
+    for (length, sent) in [
+        (4096, 4095),
+        (1 << 20, 0),
+        (1 << 20, 1000),
+        (1 << 20, 999_999),
+    ] {
+        let mut raw = running.raw();
+        raw.enter("disk");
+        raw.request(request(Command::READ, 1, 0, 1));
+        raw.request(request(Command::WRITE, 2, 0, length));
+        raw.send(&vec![7; sent]);
+        raw.receive(17);
+        drop(raw);
+        running.await_connections(0);
+    }
+    assert_eq!(disk.count(Disk::Write), 0);
+    assert_eq!(node.dirty().count(), 0);
+    running.client().write(0, &[1], false).unwrap();
+}
+
+#[test]
+fn a_client_that_goes_away_while_its_write_is_in_the_disk_harms_nobody() {
+    let disk = MemoryDisk::new(LENGTH);
+    let (running, node) = serve(&disk);
+    let mut other = running.client();
+    let gate = disk.gate_range(Disk::Write, 0..1 << 20);
+    let mut leaver = running.client();
+    leaver.submit(write(0, 200_000)).unwrap();
+    gate.wait_reached(1);
+    drop(leaver);
+    other.write(2 << 20, &[1; 100], false).unwrap();
+    other.read(2 << 20, &mut [0; 100]).unwrap();
+    gate.open();
+    running.await_connections(1);
+    assert_eq!(
+        node.dirty().count(),
+        2,
+        "whatever became of it, it is dirty"
+    );
+}
+
+#[test]
+fn a_client_that_never_reads_its_replies_harms_nobody() {
+    let disk = MemoryDisk::new(LENGTH);
+    let settings = Settings {
+        in_flight_bytes_max: 1 << 20,
+        drain_timeout: Duration::from_millis(100),
+        ..Settings::default()
+    };
+    let (mut running, _node) = serve_with(&disk, settings);
+    let mut deaf = running.raw();
+    deaf.enter("disk");
+    deaf.stream
+        .set_write_timeout(Some(Duration::from_millis(300)))
+        .unwrap();
+    let reads = request(Command::READ, 1, 0, 1 << 20).encode().repeat(1000);
+    // It ends when the server takes no more.
+    for _ in 0..100 {
+        if deaf.stream.write_all(&reads).is_err() {
+            break;
+        }
+    }
+    let mut other = running.client();
+    for _ in 0..100 {
+        other.read(0, &mut [0; 4096]).unwrap();
+        other.flush().unwrap();
+    }
+    running.finish();
+}
+
+#[test]
+fn a_stop_lets_requests_in_the_disk_finish_and_drops_held_ones() {
+    let disk = MemoryDisk::new(LENGTH);
+    let (mut running, node) = serve(&disk);
+    let mut client = running.client();
+    let gate = disk.gate(Disk::Write);
+    let done = client.submit(write(0, 100_000)).unwrap();
+    gate.wait_reached(1);
+    let lease = node.lease("test").unwrap();
+    lease.hold(Hold::Writes);
+    client.submit(write(1 << 20, 10)).unwrap();
+    client.read(0, &mut [0; 10]).unwrap();
+    running.stop.trigger();
+    gate.open();
+    running.finish();
+    let completion = client.wait().unwrap().unwrap();
+    assert_eq!(
+        (completion.cookie, completion.result),
+        (done, Ok(Outcome::Done))
+    );
+    assert!(matches!(client.wait(), Err(NbdError::Closed { .. })));
+    drop(lease);
+    assert_eq!(disk.count(Disk::Write), 1);
+    assert_eq!(running.server.connections(), 0);
+}
+
+#[test]
+fn the_clients_of_one_disk_can_be_cut_off() {
+    let disks = [MemoryDisk::new(LENGTH), MemoryDisk::new(LENGTH)];
+    let nodes: Vec<_> = ["disk", "other"]
+        .iter()
+        .zip(&disks)
+        .map(|(name, disk)| Node::new(*name, Box::new(disk.clone()), Hold::Nothing))
+        .collect();
+    let running = Running::new(nodes.clone(), Settings::default());
+    let stop = Stop::new().unwrap();
+    let mut victim = running.client();
+    let settings = ClientSettings::default();
+    let mut other = Client::connect(&running.uri("other"), &settings, &stop).unwrap();
+    eventually(|| running.server.connections_of(&nodes[0]) == 1);
+    running.server.disconnect(&nodes[0]);
+    assert!(matches!(victim.flush(), Err(NbdError::Closed { .. })));
+    eventually(|| running.server.connections_of(&nodes[0]) == 0);
+    other.flush().unwrap();
+    assert_eq!(running.server.connections_of(&nodes[1]), 1);
+}
+
+/// A disk with a bug.
+struct Panicking;
+
+impl BlockDevice for Panicking {
+    fn limits(&self) -> Limits {
+        Limits {
+            length: LENGTH,
+            preferred_bytes: 512,
+            cluster_bytes: None,
+            read_only: false,
+        }
+    }
+
+    fn read_at(&self, _: &mut [u8], offset: u64) -> Result<(), DiskError> {
+        assert_ne!(offset, 0, "a bug that the test put there");
+        Ok(())
+    }
+
+    fn read_cached_at(&self, _: &mut [u8], _: u64) -> Result<Cached, DiskError> {
+        Ok(Cached::Miss)
+    }
+
+    fn write_at(&self, _: &[u8], _: u64) -> Result<(), DiskError> {
+        panic!("a bug that the test put there");
+    }
+
+    fn write_zeroes(&self, _: u64, _: u64, _: Unmap, _: bool) -> Result<(), DiskError> {
+        Ok(())
+    }
+
+    fn discard(&self, _: u64, _: u64) -> Result<(), DiskError> {
+        Ok(())
+    }
+
+    fn status(&self, _: u64, length: u64) -> Result<Extent, DiskError> {
+        Ok(Extent {
+            length,
+            kind: ExtentKind::Data,
+        })
+    }
+
+    fn start_writeback(&self, _: u64, _: u64) -> Result<(), DiskError> {
+        Ok(())
+    }
+
+    fn flush(&self) -> Result<(), DiskError> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_panic_ends_its_connection_and_nothing_else() {
+    let node = Node::new("disk", Box::new(Panicking), Hold::Nothing);
+    let settings = Settings {
+        workers: 1,
+        ..Settings::default()
+    };
+    let running = Running::new(vec![Arc::clone(&node)], settings);
+    let mut other = running.client();
+    for operation in [read(0), write(0, 10), write(0, 100_000)] {
+        let mut client = running.client();
+        client.submit(operation).unwrap();
+        assert!(matches!(client.wait(), Err(NbdError::Closed { .. })));
+        running.await_connections(1);
+        other.read(512, &mut [0; 512]).unwrap();
+    }
+    let lease = node.lease("test").unwrap();
+    lease.hold(Hold::Writes);
+    assert!(lease.drain(Duration::ZERO), "no write is counted for ever");
+}
