@@ -6,6 +6,7 @@
     expect(dead_code, reason = "the commands that use it follow")
 )]
 
+mod child;
 mod commands;
 mod disks;
 mod exit;
@@ -41,6 +42,7 @@ fn run(cli: Cli) -> Result<Exit, Failure> {
         Command::Set(flags) => commands::set::run(&flags),
         Command::Resolve(flags) => commands::resolve::run(&flags),
         Command::Receive(flags) => commands::receive::run(&flags),
+        Command::Demo(flags) => commands::demo::run(&flags, cli.log),
         Command::Completions { shell } => commands::completions::run(shell),
         Command::Man { dir } => commands::man::run(dir.as_deref()),
         _ => Err(Failure::usage("not built yet")),

@@ -3,6 +3,7 @@
 pub(crate) mod cancel;
 pub(crate) mod completions;
 mod daemon;
+pub(crate) mod demo;
 pub(crate) mod man;
 pub(crate) mod migrate;
 pub(crate) mod receive;

@@ -72,7 +72,7 @@ pub(crate) fn run(flags: &ReceiveFlags) -> Result<Exit, Failure> {
         }
         Err(error) => {
             let mut failure = failed(&error, stop.is_triggered());
-            if keep_what_was_filled(made, &published, flags) {
+            if keep_what_was_filled(made, &published, flags) && !flags.disk.is_empty() {
                 failure =
                     failure.hint("the disks are not whole; the same command fills them again");
             }

@@ -12,11 +12,11 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use vmferry_channel::Uri;
 
-pub(crate) use outcome::Outcome;
+pub(crate) use outcome::{Outcome, Summary};
 pub(crate) use status::status;
 pub(crate) use track::{Phase, Sample};
 use track::{Track, View};
-pub(crate) use units::{bytes, count, time};
+pub(crate) use units::{bytes, count, rate, time};
 
 /// Without a terminal a line is printed this often, and whenever the phase changes.
 const LINE_INTERVAL: Duration = Duration::from_secs(5);

@@ -49,7 +49,10 @@ impl Log {
 
     /// Number of writes that were acknowledged, all in all.
     pub(super) fn writes(&self) -> u64 {
-        self.versions.iter().map(|version| u64::from(version.load(Ordering::SeqCst))).sum()
+        self.versions
+            .iter()
+            .map(|version| u64::from(version.load(Ordering::SeqCst)))
+            .sum()
     }
 
     /// The first content of the blocks from `first` on; `buf` holds whole blocks.
@@ -67,7 +70,11 @@ impl Log {
             fill(self.seed, block, expected, &mut wanted);
             if found != wanted {
                 let found = self.explain(block, found);
-                return Err(Lost { block, expected, found });
+                return Err(Lost {
+                    block,
+                    expected,
+                    found,
+                });
             }
         }
         Ok(())
@@ -89,11 +96,14 @@ impl Log {
     }
 
     fn version(&self, block: u64) -> u32 {
-        self.slot(block).map_or(0, |slot| slot.load(Ordering::SeqCst))
+        self.slot(block)
+            .map_or(0, |slot| slot.load(Ordering::SeqCst))
     }
 
     fn slot(&self, block: u64) -> Option<&AtomicU32> {
-        usize::try_from(block).ok().and_then(|block| self.versions.get(block))
+        usize::try_from(block)
+            .ok()
+            .and_then(|block| self.versions.get(block))
     }
 }
 
@@ -126,7 +136,10 @@ mod tests {
         assert_eq!(log.writes(), 1);
 
         disk[3 * BLOCK_BYTES] ^= 1;
-        assert_eq!(log.check(0, &disk).unwrap_err().found, "it holds something else");
+        assert_eq!(
+            log.check(0, &disk).unwrap_err().found,
+            "it holds something else"
+        );
         disk[3 * BLOCK_BYTES..].fill(0);
         assert_eq!(log.check(0, &disk).unwrap_err().found, "it is all zero");
     }

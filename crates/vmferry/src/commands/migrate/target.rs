@@ -8,12 +8,12 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, Signal};
+use rustix::process::{PidfdFlags, PidfdGetfdFlags};
 use vmferry_channel::Uri;
 
+use crate::child;
 use crate::commands::daemon::{Daemon, Refusal};
 use crate::exit::{Exit, Failure};
 
@@ -176,13 +176,10 @@ impl RunningCommand {
 
     /// Let it end by itself, for a while; then tell it to.
     fn finish(mut self) {
-        if !self.ends_within(COMMAND_PATIENCE) {
+        if !child::ends_within(&self.child, COMMAND_PATIENCE) {
             tracing::warn!("the command of exec: goes on, it is told to end");
-            if let Some(pid) = self.pid() {
-                // It may have ended just now.
-                let _ = rustix::process::kill_process(pid, Signal::TERM);
-            }
-            if !self.ends_within(COMMAND_PATIENCE) {
+            child::tell_to_end(&self.child);
+            if !child::ends_within(&self.child, COMMAND_PATIENCE) {
                 return;
             }
         }
@@ -190,30 +187,6 @@ impl RunningCommand {
             Ok(status) if status.success() => {}
             Ok(status) => tracing::warn!("the command of exec: ended with {status}"),
             Err(error) => tracing::warn!("the command of exec: {error}"),
-        }
-    }
-
-    fn pid(&self) -> Option<Pid> {
-        i32::try_from(self.child.id()).ok().and_then(Pid::from_raw)
-    }
-
-    fn ends_within(&self, patience: Duration) -> bool {
-        let Some(Ok(end)) = self
-            .pid()
-            .map(|pid| rustix::process::pidfd_open(pid, PidfdFlags::empty()))
-        else {
-            return true;
-        };
-        let deadline = Instant::now() + patience;
-        loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            let left = Timespec::try_from(left).ok();
-            let mut fds = [PollFd::new(&end, PollFlags::IN)];
-            match poll(&mut fds, left.as_ref()) {
-                Ok(ended) => return ended > 0,
-                Err(rustix::io::Errno::INTR) => {}
-                Err(_) => return false,
-            }
         }
     }
 }
