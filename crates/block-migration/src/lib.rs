@@ -10,6 +10,8 @@ mod destination;
 mod reads;
 mod schedule;
 mod source;
+#[cfg(test)]
+mod testing;
 
 pub use apply::{ApplyError, Syncer};
 pub use destination::{Destination, DestinationError, DestinationStats};

@@ -591,3 +591,6 @@ fn push_run(runs: &mut Vec<(Range<u64>, RunKind)>, chunk: u64, kind: RunKind) {
         _ => runs.push((chunk..chunk + 1, kind)),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,11 @@
+//! What the tests of this crate share.
+
+/// A generator with the seed of `VMFERRY_SEED`, or a random one; it is printed.
+pub(crate) fn rng() -> fastrand::Rng {
+    let seed = std::env::var("VMFERRY_SEED")
+        .ok()
+        .and_then(|seed| seed.parse().ok())
+        .unwrap_or_else(|| fastrand::u64(..));
+    println!("VMFERRY_SEED={seed}");
+    fastrand::Rng::with_seed(seed)
+}
