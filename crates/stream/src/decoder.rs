@@ -315,6 +315,7 @@ impl Decoder {
     pub fn pass_rest(&mut self) {
         if !matches!(self.state, State::Opaque(_)) {
             self.state = State::Opaque(Tail::new(self.footers != Some(false)));
+            self.awaited = "payload";
         }
     }
 

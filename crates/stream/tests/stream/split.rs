@@ -60,3 +60,21 @@ fn any_split_of_a_broken_stream_gives_the_same_error() {
     }
     assert!(broken > 50, "only {broken} streams were broken");
 }
+
+/// Found by the fuzzer: the field that an error names depended on an earlier, too short window.
+#[test]
+fn the_end_of_what_is_passed_on_does_not_depend_on_windows() {
+    let mut rng = seeded();
+    let input = b"QEVM\0\0\0\x03\x01\0\0\0\x01\x04vfio\0\0\0\0\0\0\0\x01";
+    let whole = run(input, Options::default(), Split::Whole, &pass_rest);
+    assert!(whole.ending.is_err());
+    for _ in 0..50 {
+        let cut = run(
+            input,
+            Options::default(),
+            Split::Random(&mut rng),
+            &pass_rest,
+        );
+        assert_eq!(whole, cut);
+    }
+}
