@@ -139,7 +139,10 @@ fn dropping_both_halves_leaves_no_process_behind() {
 
     // … and for good if it does not listen.
     let mine = stop();
-    let (mut reader, writer) = run("trap '' TERM; echo $$; for i in $(seq 30); do sleep 1; done", &mine);
+    let (mut reader, writer) = run(
+        "trap '' TERM; echo $$; for i in $(seq 30); do sleep 1; done",
+        &mine,
+    );
     let process = process_id(&mut reader);
     mine.trigger();
     drop((writer, reader));
