@@ -1,7 +1,7 @@
-//! The thread that writes what has arrived, in the order of the stream.
+//! Writes what has arrived, in the order of the stream: in a thread of its own, or at once.
 
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 
 use vmferry_buffer::{Buffer, is_zero};
@@ -14,6 +14,7 @@ const QUEUE_MAX: usize = 256;
 const WRITEBACK_BYTES: u64 = 8 << 20;
 
 /// What has arrived.
+#[derive(Debug)]
 pub(crate) enum Operation {
     Write {
         disk: usize,
@@ -51,9 +52,9 @@ pub enum ApplyError {
     },
 }
 
-/// Feeds the thread; dropping it ends the thread after the operation in hand.
+/// Feeds the thread, if there is one; dropping it ends the thread after the operation in hand.
 pub(crate) struct Applier {
-    queue: SyncSender<Operation>,
+    queue: Queue,
     failure: Arc<OnceLock<ApplyError>>,
     thread: Option<JoinHandle<()>>,
 }
@@ -61,8 +62,29 @@ pub(crate) struct Applier {
 /// Asks for everything that has arrived so far to be durable.
 #[derive(Clone, Debug)]
 pub struct Syncer {
-    queue: SyncSender<Operation>,
+    queue: Queue,
     failure: Arc<OnceLock<ApplyError>>,
+}
+
+/// Where operations go.
+#[derive(Clone, Debug)]
+enum Queue {
+    Thread(SyncSender<Operation>),
+    Here(Arc<Mutex<Disks>>),
+}
+
+impl Queue {
+    /// False if nobody takes operations any more.
+    fn send(&self, operation: Operation) -> bool {
+        match self {
+            Self::Thread(thread) => thread.send(operation).is_ok(),
+            Self::Here(disks) => {
+                let mut disks = disks.lock().unwrap_or_else(PoisonError::into_inner);
+                disks.carry_out(operation);
+                true
+            }
+        }
+    }
 }
 
 impl Syncer {
@@ -73,7 +95,7 @@ impl Syncer {
     pub fn sync(&self) -> Result<(), ApplyError> {
         let (done, wait) = sync_channel(1);
         let sent = self.queue.send(Operation::Sync { done });
-        let ended = sent.is_err() || wait.recv().is_err();
+        let ended = !sent || wait.recv().is_err();
         match self.failure.get() {
             Some(failure) => Err(failure.clone()),
             None if ended => Err(ApplyError::Thread {
@@ -87,27 +109,38 @@ impl Syncer {
 impl Applier {
     pub(crate) fn start(fillers: Vec<Filler>) -> Result<Self, ApplyError> {
         let (queue, operations) = sync_channel(QUEUE_MAX);
-        let failure = Arc::new(OnceLock::new());
-        let report = Arc::clone(&failure);
+        let mut disks = Disks::new(fillers);
+        let failure = Arc::clone(&disks.failure);
         let thread = std::thread::Builder::new()
             .name("migrate-write".to_owned())
-            .spawn(move || run(&fillers, &operations, &report))
+            .spawn(move || run(&mut disks, &operations))
             .map_err(|error| ApplyError::Thread {
                 reason: error.to_string(),
             })?;
         Ok(Self {
-            queue,
+            queue: Queue::Thread(queue),
             failure,
             thread: Some(thread),
         })
     }
 
+    /// Carries everything out before [`Applier::apply`] returns.
+    pub(crate) fn without_thread(fillers: Vec<Filler>) -> Self {
+        let disks = Disks::new(fillers);
+        Self {
+            failure: Arc::clone(&disks.failure),
+            queue: Queue::Here(Arc::new(Mutex::new(disks))),
+            thread: None,
+        }
+    }
+
     pub(crate) fn apply(&self, operation: Operation) -> Result<(), ApplyError> {
         self.check()?;
-        if self.queue.send(operation).is_ok() {
+        let sent = self.queue.send(operation);
+        self.check()?;
+        if sent {
             return Ok(());
         }
-        self.check()?;
         Err(ApplyError::Thread {
             reason: "it panicked".to_owned(),
         })
@@ -129,62 +162,85 @@ impl Applier {
 
 impl Drop for Applier {
     fn drop(&mut self) {
-        let _ = self.queue.send(Operation::End);
         if let Some(thread) = self.thread.take() {
+            self.queue.send(Operation::End);
             let _ = thread.join();
         }
     }
 }
 
-fn run(fillers: &[Filler], operations: &Receiver<Operation>, failure: &OnceLock<ApplyError>) {
-    let mut written: Vec<Written> = fillers.iter().map(|_| Written::default()).collect();
+fn run(disks: &mut Disks, operations: &Receiver<Operation>) {
     for operation in operations {
-        // After a failure nothing is written any more, but buffers go back to their pool and
-        // waiters are let go.
-        let failed = failure.get().is_some();
-        let result = match operation {
-            Operation::End => return,
-            _ if failed => Ok(()),
+        if matches!(operation, Operation::End) {
+            return;
+        }
+        disks.carry_out(operation);
+    }
+}
+
+/// Carries operations out, up to the first that fails.
+#[derive(Debug)]
+struct Disks {
+    fillers: Vec<Filler>,
+    written: Vec<Written>,
+    failure: Arc<OnceLock<ApplyError>>,
+}
+
+impl Disks {
+    fn new(fillers: Vec<Filler>) -> Self {
+        Self {
+            written: fillers.iter().map(|_| Written::default()).collect(),
+            fillers,
+            failure: Arc::default(),
+        }
+    }
+
+    /// After a failure nothing is written any more, but buffers go back to their pool and waiters
+    /// are let go.
+    fn carry_out(&mut self, operation: Operation) {
+        if self.failure.get().is_some() {
+            return;
+        }
+        if let Err((disk, source)) = self.try_to(operation) {
+            let _ = self.failure.set(ApplyError::Disk {
+                disk: self.fillers[disk].node().name().to_owned(),
+                source: Arc::new(source),
+            });
+        }
+    }
+
+    /// On failure says which disk it was.
+    fn try_to(&mut self, operation: Operation) -> Result<(), (usize, DiskError)> {
+        match operation {
             Operation::Write {
                 disk,
                 offset,
                 length,
                 buffer,
             } => {
-                let filler = &fillers[disk];
+                let filler = &self.fillers[disk];
                 write(filler, offset, &buffer[..length])
-                    .and_then(|()| written[disk].count(filler, offset, length))
-                    .map_err(|error| (filler, error))
+                    .and_then(|()| self.written[disk].count(filler, offset, length))
+                    .map_err(|error| (disk, error))
             }
             Operation::Zero {
                 disk,
                 offset,
                 length,
-            } => {
-                let filler = &fillers[disk];
-                let zeroed = filler
-                    .device()
-                    .write_zeroes(offset, length, Unmap::May, false);
-                zeroed.map_err(|error| (filler, error))
-            }
-            Operation::Sync { done } => sync(fillers).map(|()| {
+            } => self.fillers[disk]
+                .device()
+                .write_zeroes(offset, length, Unmap::May, false)
+                .map_err(|error| (disk, error)),
+            Operation::Sync { done } => {
+                for (disk, filler) in self.fillers.iter().enumerate() {
+                    filler.device().flush().map_err(|error| (disk, error))?;
+                }
                 let _ = done.send(());
-            }),
-        };
-        if let Err((filler, source)) = result {
-            let disk = filler.node().name().to_owned();
-            let _ = failure.set(ApplyError::Disk {
-                disk,
-                source: Arc::new(source),
-            });
+                Ok(())
+            }
+            Operation::End => Ok(()),
         }
     }
-}
-
-fn sync(fillers: &[Filler]) -> Result<(), (&Filler, DiskError)> {
-    fillers
-        .iter()
-        .try_for_each(|filler| filler.device().flush().map_err(|error| (filler, error)))
 }
 
 /// All-zero parts become holes where the format has a granularity; else the whole block counts.
@@ -197,7 +253,7 @@ fn write(filler: &Filler, offset: u64, data: &[u8]) -> Result<(), DiskError> {
 }
 
 /// What was written since write-back was last started.
-#[derive(Default)]
+#[derive(Debug, Default)]
 struct Written {
     start: u64,
     end: u64,
