@@ -9,8 +9,6 @@ object! {
         uri "uri": String,
         /// With the disks. A storage daemon migrates nothing else: `false` is refused.
         blk "blk": Option<bool>,
-        /// Only what the destination's base image does not have.
-        inc "inc": Option<bool>,
         /// Taken for compatibility: the command always returns at once.
         detach "detach": Option<bool>,
         /// Only these disks.
@@ -167,7 +165,7 @@ object! {
         name "name": String,
         /// Its length in bytes.
         total "total": u64,
-        /// Bytes sent, or received, with repetitions.
+        /// Bytes that the other side has as they are here.
         transferred "transferred": u64,
         /// Bytes still to do.
         remaining "remaining": u64,
@@ -201,7 +199,7 @@ object! {
         x_durable "x-durable": Option<bool>,
         /// What is being done, for people.
         x_phase "x-phase": Option<String>,
-        /// Pass over the dirty chunks; 0 is the first copy.
+        /// Number of the pass; 1 is the first copy.
         x_pass "x-pass": Option<u64>,
         /// Each disk.
         x_disks "x-disks": Option<Vec<DiskProgress>>,

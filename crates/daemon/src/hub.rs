@@ -1,0 +1,211 @@
+//! What all parts of the daemon share.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use vmferry_channel::Stop;
+use vmferry_disk::{Hold, Lease};
+use vmferry_migration::{Capabilities, Committed, Parameters, SourceDisk, Start};
+use vmferry_qmp::types::ShutdownCause;
+
+use crate::announcer::Announcer;
+use crate::config::Disk;
+use crate::error::DaemonError;
+use crate::incoming::IncomingState;
+use crate::jobs::Jobs;
+use crate::outgoing::Outgoing;
+
+/// Shared by commands, migrations and the daemon itself.
+pub(crate) struct Hub {
+    pub(crate) name: Option<String>,
+    pub(crate) disks: Arc<[Disk]>,
+    pub(crate) announcer: Announcer,
+    /// Triggered when somebody has asked for the end.
+    pub(crate) end: Stop,
+    cause: Mutex<ShutdownCause>,
+    state: Mutex<State>,
+}
+
+/// What changes. The lock is held for no longer than a command needs; observers of migrations
+/// must not take it.
+#[derive(Default)]
+pub(crate) struct State {
+    pub(crate) parameters: Parameters,
+    pub(crate) capabilities: Capabilities,
+    pub(crate) outgoing: Option<Outgoing>,
+    pub(crate) incoming: Option<IncomingState>,
+    /// Disks whose hand-over was undecided when the daemon started.
+    pub(crate) recovered: Option<Committed>,
+    /// Disks that `stop` holds.
+    pub(crate) stopped: Option<Vec<Lease>>,
+    pub(crate) jobs: Jobs,
+    /// No migration is started any more.
+    pub(crate) ending: bool,
+}
+
+impl Hub {
+    pub(crate) fn new(
+        name: Option<String>,
+        disks: Arc<[Disk]>,
+        announcer: Announcer,
+        end: Stop,
+    ) -> Self {
+        Self {
+            name,
+            disks,
+            announcer,
+            end,
+            cause: Mutex::default(),
+            state: Mutex::default(),
+        }
+    }
+
+    pub(crate) fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Ask for the end; the first who asks is named as the cause.
+    pub(crate) fn ask_to_end(&self, cause: ShutdownCause) {
+        let mut first = self.cause.lock().unwrap_or_else(PoisonError::into_inner);
+        if !self.end.is_triggered() {
+            *first = cause;
+            self.end.trigger();
+        }
+    }
+
+    /// Who has asked for the end.
+    pub(crate) fn cause(&self) -> ShutdownCause {
+        *self.cause.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Before anybody is let in: put the records right and hold what may live elsewhere.
+    pub(crate) fn settle_disks(&self) -> Result<(), DaemonError> {
+        for disk in self.disks.iter().filter(|disk| disk.start == Start::Live) {
+            disk.settle_record()?;
+        }
+        let mut undecided = self
+            .disks
+            .iter()
+            .filter(|disk| disk.start == Start::Undecided);
+        let Some(first) = undecided.next() else {
+            return Ok(());
+        };
+        let disks: Vec<SourceDisk> = std::iter::once(first)
+            .chain(undecided)
+            .map(Disk::as_source)
+            .collect();
+        let name = first.node.name().to_owned();
+        let recovered = Committed::recover(disks, &first.peer)
+            .map_err(|source| DaemonError::InUse { disk: name, source })?;
+        tracing::warn!(
+            disks = recovered.names().collect::<Vec<_>>().join(", "),
+            peer = recovered.peer(),
+            "undecided: disks may live at the other side; they are held until it is resolved"
+        );
+        self.state().recovered = Some(recovered);
+        Ok(())
+    }
+
+    /// `stop`: hold the guests' writes, once those in flight are through. False if they are held
+    /// already.
+    pub(crate) fn stop_guests(&self) -> Result<bool, DaemonError> {
+        {
+            let state = self.state();
+            if state.stopped.is_some() {
+                return Ok(false);
+            }
+            if let Some(reason) = state.why_disks_are_busy() {
+                return Err(DaemonError::NotNow(reason));
+            }
+        }
+        // From here on the leases keep others off, not the lock: draining may take its time.
+        let here = self.disks.iter().filter(|disk| disk.is_here());
+        let leases: Vec<Lease> = here
+            .map(|disk| {
+                disk.node.lease("stop").map_err(|source| {
+                    let disk = disk.node.name().to_owned();
+                    DaemonError::InUse { disk, source }
+                })
+            })
+            .collect::<Result<_, _>>()?;
+        for lease in &leases {
+            lease.hold(Hold::Writes);
+        }
+        for lease in &leases {
+            if !lease.drain(DRAIN_PATIENCE) {
+                let disk = lease.node().name().to_owned();
+                let reason = "has writes in flight that do not end".to_owned();
+                return Err(DaemonError::UnsuitableDisk { disk, reason });
+            }
+        }
+        self.state().stopped = Some(leases);
+        Ok(true)
+    }
+}
+
+impl std::fmt::Debug for Hub {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Hub")
+            .field("name", &self.name)
+            .field("disks", &self.disks)
+            .finish_non_exhaustive()
+    }
+}
+
+/// How long `stop` waits for writes in flight.
+const DRAIN_PATIENCE: Duration = Duration::from_secs(30);
+
+impl State {
+    /// Why the disks are not at anybody's disposal, if they are not.
+    pub(crate) fn why_disks_are_busy(&self) -> Option<String> {
+        if self.ending {
+            return Some("the daemon is ending".to_owned());
+        }
+        if let Some(recovered) = &self.recovered {
+            return Some(format!(
+                "disks are held, because they may have moved to {}; `x-resolve` decides",
+                recovered.peer()
+            ));
+        }
+        if let Some(outgoing) = &self.outgoing
+            && let Some(reason) = outgoing.why_busy()
+        {
+            return Some(reason);
+        }
+        self.incoming.as_ref().and_then(IncomingState::why_busy)
+    }
+}
+
+impl Disk {
+    /// Was not given up.
+    pub(crate) fn is_here(&self) -> bool {
+        self.node.held().is_some()
+    }
+
+    pub(crate) fn as_source(&self) -> SourceDisk {
+        SourceDisk {
+            node: Arc::clone(&self.node),
+            record: self.record.clone(),
+        }
+    }
+
+    /// A disk that lives here although its record says otherwise was taken back: the record goes
+    /// before the first guest comes.
+    fn settle_record(&self) -> Result<(), DaemonError> {
+        use vmferry_migration::Residence;
+        let Some(file) = &self.record else {
+            return Ok(());
+        };
+        match file.read()? {
+            Some(record) if record.residence != Residence::Arrived => {
+                tracing::warn!(
+                    disk = self.node.name(),
+                    record = %record.residence,
+                    "taken back: its record is removed"
+                );
+                Ok(file.clear()?)
+            }
+            _ => Ok(()),
+        }
+    }
+}
