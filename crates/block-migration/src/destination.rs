@@ -5,6 +5,7 @@
 //! short. Neighbouring zero blocks are applied as one.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -139,6 +140,22 @@ impl Destination {
     /// # Errors
     /// Two disks of one name, one that is read-only or empty, or no thread to be had.
     pub fn new(fillers: Vec<Filler>) -> Result<Self, DestinationError> {
+        Self::with_applier(fillers, Applier::start)
+    }
+
+    /// Like [`Destination::new`], but without a thread: everything is written before the call
+    /// returns that brought it. For whoever has to know when.
+    ///
+    /// # Errors
+    /// As [`Destination::new`].
+    pub fn without_thread(fillers: Vec<Filler>) -> Result<Self, DestinationError> {
+        Self::with_applier(fillers, |fillers| Ok(Applier::without_thread(fillers)))
+    }
+
+    fn with_applier(
+        fillers: Vec<Filler>,
+        start: impl FnOnce(Vec<Filler>) -> Result<Applier, ApplyError>,
+    ) -> Result<Self, DestinationError> {
         let mut by_name = BTreeMap::new();
         let mut disks = Vec::with_capacity(fillers.len());
         for (index, filler) in fillers.iter().enumerate() {
@@ -152,7 +169,7 @@ impl Destination {
             disks,
             by_name,
             pool: Pool::new(BLOCK_BYTES as usize, BUFFER_BUDGET_BYTES),
-            applier: Applier::start(fillers)?,
+            applier: start(fillers)?,
             incoming: None,
             zeroes: None,
             stats: Arc::default(),
@@ -210,7 +227,7 @@ impl Destination {
 
     fn zero(&mut self, name: &str, sector: Sector) -> Result<(), DestinationError> {
         let (disk, offset, end) = self.locate(name, sector)?;
-        self.disks[disk].mark_arrived(offset);
+        self.disks[disk].mark_arrived(offset..end);
         self.stats
             .arrived_bytes
             .fetch_add(end - offset, Ordering::Relaxed);
@@ -263,11 +280,11 @@ impl Destination {
             buffer,
         }) = self.incoming.take()
         {
-            self.disks[disk].mark_arrived(offset);
             let on_disk = self.disks[disk].limits.length - offset;
             let length = usize::try_from(on_disk)
                 .unwrap_or(usize::MAX)
                 .min(buffer.len());
+            self.disks[disk].mark_arrived(offset..offset + length as u64);
             self.stats
                 .arrived_bytes
                 .fetch_add(length as u64, Ordering::Relaxed);
@@ -353,12 +370,19 @@ impl Disk {
         })
     }
 
-    fn mark_arrived(&mut self, offset: u64) {
-        let chunk = Chunk::containing(offset).0;
-        if let Ok(word) = usize::try_from(chunk / 64)
-            && let Some(word) = self.arrived.get_mut(word)
-        {
-            *word |= 1 << (chunk % 64);
+    /// Mark the chunks that the range covers whole, up to the end of the disk.
+    fn mark_arrived(&mut self, bytes: Range<u64>) {
+        let first = bytes.start.div_ceil(CHUNK_BYTES);
+        let end = match bytes.end >= self.limits.length {
+            true => Chunk::count(self.limits.length),
+            false => bytes.end / CHUNK_BYTES,
+        };
+        for chunk in first..end {
+            if let Ok(word) = usize::try_from(chunk / 64)
+                && let Some(word) = self.arrived.get_mut(word)
+            {
+                *word |= 1 << (chunk % 64);
+            }
         }
     }
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 use vmferry_buffer::{Buffer, Pool, is_zero};
 use vmferry_disk::{CHUNK_BYTES, Chunk, Claim, Claimer, DiskError, ExtentKind};
 use vmferry_savevm::{GuestStopped, HandlerError, Pending, Progress, SaveHandler, Sink};
-use vmferry_stream::{BlockChunk, Encoder, Name, Record, Sector};
+use vmferry_stream::{BlockChunk, Encoder, Name, Record, SECTOR_BYTES, Sector};
 
 use crate::reads::{Finished, Reads};
 use crate::schedule::{
@@ -186,7 +186,7 @@ impl<R: Reads> Source<R> {
 
     /// Read at once what is in memory (true), else have it read.
     fn read(&mut self, disk: DiskIndex, chunk: Chunk, ticket: Ticket) -> Result<bool, SourceError> {
-        let claim = self.disks[disk.0].claimer.claim(chunk.0..chunk.0 + 1);
+        let claim = self.disks[disk.0].claim(chunk);
         // The schedule never asks for more chunks than the pool has buffers.
         let Some(mut buffer) = self.pool.take() else {
             return Ok(false);
@@ -237,10 +237,13 @@ impl<R: Reads> Source<R> {
         let disk = &self.disks[frame.disk.0];
         let device = disk.name.clone();
         let chunk_bytes = frame.chunk.length_bytes(disk.bytes) as u64;
-        let sector =
-            Sector::at_byte(frame.chunk.start_bytes()).ok_or_else(|| SourceError::TooLong {
-                disk: device.to_string(),
-            })?;
+        let start = match frame.content {
+            Content::Data(_) => frame.chunk.start_bytes() - disk.lead_bytes(frame.chunk),
+            Content::Zero => frame.chunk.start_bytes(),
+        };
+        let sector = Sector::at_byte(start).ok_or_else(|| SourceError::TooLong {
+            disk: device.to_string(),
+        })?;
         self.header.clear();
         if let Some(percent) = frame.progress {
             self.encode(BlockChunk::Progress { percent });
@@ -393,6 +396,25 @@ impl Disk {
             bytes,
             claimer,
         })
+    }
+
+    fn claim(&self, chunk: Chunk) -> Claim {
+        self.claimer
+            .claim_with_lead(chunk.0..chunk.0 + 1, self.lead_bytes(chunk))
+    }
+
+    /// Bytes before the chunk that its block begins with.
+    ///
+    /// The last block of a disk whose length is no multiple of 1 MiB ends with the disk: a QEMU 7.2
+    /// destination fails on data that reaches past the end (it writes the padding too). A disk of
+    /// less than 1 MiB has no such room, and its padding stays at the end.
+    fn lead_bytes(&self, chunk: Chunk) -> u64 {
+        let on_disk = chunk.length_bytes(self.bytes) as u64;
+        let sectors_bytes = on_disk.next_multiple_of(SECTOR_BYTES);
+        match chunk.0 {
+            0 => 0,
+            _ => CHUNK_BYTES - sectors_bytes,
+        }
     }
 }
 

@@ -421,12 +421,7 @@ impl Lease {
 
     /// Clear the dirty bits of these chunks and be allowed to look at them.
     pub fn claim(&self, chunks: Range<u64>) -> Claim {
-        let chunks = chunks.start..chunks.end.min(self.chunks());
-        self.node.dirty.clear(chunks.clone());
-        Claim {
-            node: Arc::clone(&self.node),
-            chunks,
-        }
+        self.claimer().claim(chunks)
     }
 
     /// A handle that can claim chunks, for the thread that reads them.
@@ -517,11 +512,22 @@ impl Claimer {
 
     /// Clear the dirty bits of these chunks and be allowed to look at them.
     pub fn claim(&self, chunks: Range<u64>) -> Claim {
+        self.claim_with_lead(chunks, 0)
+    }
+
+    /// Like [`Claimer::claim`], and be allowed to read `lead_bytes` before the chunks too.
+    ///
+    /// The bits of the chunks before are not cleared: they are still sent by themselves. Whoever
+    /// sends what was read in the order of the claims sends nothing stale: a write to the lead that
+    /// the read has missed came after this claim, so its chunk's bit was set after it and the chunk
+    /// is claimed again later.
+    pub fn claim_with_lead(&self, chunks: Range<u64>, lead_bytes: u64) -> Claim {
         let chunks = chunks.start..chunks.end.min(self.node.dirty.chunks());
         self.node.dirty.clear(chunks.clone());
         Claim {
             node: Arc::clone(&self.node),
             chunks,
+            lead_bytes,
         }
     }
 }
@@ -554,6 +560,7 @@ impl Filler {
 pub struct Claim {
     node: Arc<Node>,
     chunks: Range<u64>,
+    lead_bytes: u64,
 }
 
 impl Claim {
@@ -569,12 +576,12 @@ impl Claim {
         &self.node
     }
 
-    /// Bytes of the disk that the claim covers.
+    /// Bytes of the disk that may be looked at: the chunks, and the lead before them.
     #[must_use]
     pub fn bytes(&self) -> Range<u64> {
         let length = self.node.limits.length;
-        Chunk(self.chunks.start).start_bytes().min(length)
-            ..Chunk(self.chunks.end).start_bytes().min(length)
+        let start = Chunk(self.chunks.start).start_bytes().min(length);
+        start.saturating_sub(self.lead_bytes)..Chunk(self.chunks.end).start_bytes().min(length)
     }
 
     /// The run of bytes that starts at `offset`, which lies in the claim.
@@ -597,6 +604,7 @@ impl Claim {
         Claim {
             node: Arc::clone(&self.node),
             chunks: front,
+            lead_bytes: std::mem::take(&mut self.lead_bytes),
         }
     }
 

@@ -55,14 +55,15 @@ impl Sector {
 pub enum BlockChunk {
     /// [`BLOCK_BYTES`] of payload follow. What reaches past the end of the disk is padding.
     Data {
-        /// First sector, a multiple of [`BLOCK_SECTORS`].
+        /// First sector. A multiple of [`BLOCK_SECTORS`] from a QEMU; ours ends the last block of a
+        /// disk of odd length with the disk, for a QEMU fails on data that reaches past the end.
         sector: Sector,
         /// Name of the disk. Empty from a QEMU whose disks were given with `-blockdev`.
         device: Name,
     },
     /// The block reads as zeroes; nothing follows.
     Zero {
-        /// First sector, a multiple of [`BLOCK_SECTORS`].
+        /// First sector.
         sector: Sector,
         /// Name of the disk.
         device: Name,
@@ -98,7 +99,6 @@ impl BlockChunk {
             }
             DATA | DATA_ZERO => {
                 reader.at_most(value, MAX_SECTOR)?;
-                reader.multiple(value, BLOCK_SECTORS)?;
                 let sector = Sector(value);
                 let device = reader.name("device name")?;
                 Ok(if flags == DATA {
