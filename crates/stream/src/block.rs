@@ -13,7 +13,7 @@ use crate::reader::{Parse, Reader};
 
 /// Bytes of a sector.
 pub const SECTOR_BYTES: u64 = 512;
-/// Sectors of a block on the wire.
+/// Sectors of a block on the wire, and what QEMU's sector numbers are multiples of.
 pub const BLOCK_SECTORS: u64 = 2048;
 /// Bytes of a block on the wire: always 1 MiB, also where a disk ends inside it.
 pub const BLOCK_BYTES: u32 = 1 << 20;

@@ -117,7 +117,7 @@ impl Source {
 
     fn block(&mut self) {
         let device = self.name();
-        let sector = Sector::at_byte(self.rng.u64(..1 << 43) << 20).expect("aligned");
+        let sector = Sector::at_byte(self.rng.u64(..1 << 54) << 9).expect("aligned");
         let chunk = match self.rng.u8(..40) {
             0 => BlockChunk::Data { sector, device },
             1..20 => BlockChunk::Zero { sector, device },
