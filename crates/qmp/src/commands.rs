@@ -296,6 +296,7 @@ mod tests {
         for name in used {
             assert!(names.contains(name), "{name} is not listed");
         }
+        check_returned("query-qmp-schema", &schema).unwrap();
         check_returned(
             "query-commands",
             &serde_json::to_value(super::names()).unwrap(),

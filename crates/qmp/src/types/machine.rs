@@ -73,12 +73,37 @@ enumeration! {
 }
 
 object! {
-    /// An element of `query-qmp-schema`; further members depend on the meta-type.
+    /// A value of an enumeration, or a member of an object type.
+    SchemaInfoMember = "XSchemaInfoMember" {
+        /// The value, or the key.
+        name "name": String,
+        /// The member's type.
+        kind "type": Option<String>,
+        /// Present if the member may be left out.
+        default "default": Option<serde_json::Value>,
+    }
+}
+
+object! {
+    /// An element of `query-qmp-schema`. Which of the optional members there are depends on the
+    /// meta-type.
     SchemaInfo = "SchemaInfo" {
         /// The entity.
         name "name": String,
         /// What it is.
         meta_type "meta-type": SchemaMetaType,
+        /// JSON's name of a built-in type.
+        json_type "json-type": Option<String>,
+        /// The values of an enumeration.
+        values "values": Option<Vec<String>>,
+        /// The values again, or the members of an object type.
+        members "members": Option<Vec<SchemaInfoMember>>,
+        /// What an array has.
+        element_type "element-type": Option<String>,
+        /// A command's arguments, or an event's data.
+        arg_type "arg-type": Option<String>,
+        /// What a command returns.
+        ret_type "ret-type": Option<String>,
     }
 }
 
