@@ -242,19 +242,34 @@ fn a_target_that_is_too_small_is_refused_by_name() {
     assert!(message.contains("disk0"), "{message}");
 }
 
+/// What a dead source leaves behind does not stop the same command from filling the same disks from another.
 #[test]
-fn a_source_that_dies_on_the_way_is_a_failure() {
+fn a_source_that_dies_on_the_way_is_a_failure_and_a_retry_is_whole() {
     let dir = tempfile::tempdir().expect("a temporary folder");
     let disks = [Moved::new(dir.path(), "disk0", 64 * MIB)];
+    let [Moved { from, to, .. }] = &disks;
+    let save = dir.path().join("rest");
     let source = need!(source_of(&disks[0], "disk0"));
-    let mut receiver = receive("tcp:127.0.0.1:0", &disks, &dir.path().join("rest"));
+    let retry = need!(Machine::new(Version::V7_2))
+        .args(["-S"])
+        .disk("disk0", from);
+    let mut receiver = receive("tcp:127.0.0.1:0", &disks, &save);
     let mut source = source.start();
     // Too slow to be through before it is killed.
     source.limits((MIB, 1));
     source.migrate_with_disks(&receiver.address());
     until("the first blocks to arrive", || {
-        (disk::data_bytes(&disks[0].to) > 0).then_some(())
+        (disk::data_bytes(to) > 0).then_some(())
     });
     drop(source);
     receiver.fails(1);
+
+    let mut receiver = receive("tcp:127.0.0.1:0", &disks, &save);
+    let mut source = retry.start();
+    source.limits(EVERY_BLOCK);
+    source.migrate_with_disks(&receiver.address());
+    source.migrated();
+    receiver.succeeds();
+    source.quit();
+    disk::assert_same(from, to);
 }
