@@ -42,7 +42,8 @@ impl Fio {
             "--thread",
             "--output-format=json",
         ]);
-        command.arg(format!("--uri={uri}"));
+        // Else it leaves a file in the current folder.
+        command.arg("--verify_state_save=0").arg(format!("--uri={uri}"));
         command.args(options.map(|option| format!("--{option}")));
         command
             .stdin(Stdio::null())
