@@ -1,0 +1,5 @@
+//! Daemons in one process, driven like users drive them: through NBD and QMP.
+
+mod commands;
+mod cuts;
+mod host;
