@@ -25,7 +25,7 @@ pub(crate) enum Past {
     Unknown,
     /// A migration began to fill it and did not end: there is nothing to lose.
     HalfFilled,
-    /// A migration filled it: it lives here.
+    /// It was filled here, or served.
     Arrived,
 }
 
@@ -72,41 +72,27 @@ impl Drop for MadeFiles {
     }
 }
 
-/// What can be said about the disks before one is touched.
-pub(crate) fn check(flags: &[DiskFlag], purpose: Purpose) -> Result<(), Failure> {
+/// Names are unique.
+pub(crate) fn check(flags: &[DiskFlag]) -> Result<(), Failure> {
     let mut names = BTreeSet::new();
-    for flag in flags {
-        let name = &flag.name;
-        if !names.insert(name) {
-            return Err(Failure::usage(format!(
-                "there are two disks named \"{name}\""
-            )));
-        }
-        if purpose == Purpose::Fill && flag.read_only {
-            return Err(Failure::usage(format!(
-                "disk \"{name}\": a migration cannot fill a disk with readonly=on"
-            )));
-        }
-        if purpose == Purpose::Serve && flag.overwrite {
-            return Err(Failure::usage(format!(
-                "disk \"{name}\": overwrite=on is for disks that a migration fills"
-            )));
-        }
+    match flags.iter().find(|flag| !names.insert(&flag.name)) {
+        None => Ok(()),
+        Some(flag) => Err(Failure::usage(format!(
+            "there are two disks named \"{}\"",
+            flag.name
+        ))),
     }
-    Ok(())
 }
 
 /// Open (or create) all disks. When one fails, what was created goes again.
 pub(crate) fn open(
     flags: &[DiskFlag],
-    purpose: Purpose,
-    past: impl Fn(&DiskFlag) -> Result<Past, Failure>,
+    plan: impl Fn(&DiskFlag) -> (Purpose, Past),
 ) -> Result<OpenDisks, Failure> {
-    check(flags, purpose)?;
     let mut disks = Vec::new();
     let mut made = MadeFiles::default();
     for flag in flags {
-        let past = past(flag)?;
+        let (purpose, past) = plan(flag);
         let disk = match flag.create {
             Some(size) if past == Past::Unknown => {
                 let disk = RawDisk::create(&flag.path, size.bytes, true)
@@ -219,7 +205,8 @@ mod tests {
             past: Past,
         ) -> Result<OpenDisks, (Exit, String)> {
             let flags: Vec<DiskFlag> = texts.iter().map(|text| self.flag(text)).collect();
-            open(&flags, purpose, |_| Ok(past)).map_err(|failure| {
+            let outcome = check(&flags).and_then(|()| open(&flags, |_| (purpose, past)));
+            outcome.map_err(|failure| {
                 let text = failure.to_string();
                 (
                     failure.exit,
@@ -317,16 +304,6 @@ mod tests {
         assert!(folder.open(Purpose::Fill, &["x=full,overwrite=on"]).is_ok());
         assert!(folder.open(Purpose::Fill, &["x=hole"]).is_ok());
         assert!(folder.open(Purpose::Serve, &["x=full"]).is_ok());
-    }
-
-    #[test]
-    fn overwrite_and_readonly_are_for_one_purpose_each() {
-        let folder = Folder::new();
-        folder.file("a", &[7; 512]);
-        let (exit, _) = refusal(folder.open(Purpose::Serve, &["x=a,overwrite=on"]));
-        assert_eq!(exit, Exit::Usage);
-        let (exit, _) = refusal(folder.open(Purpose::Fill, &["x=a,readonly=on"]));
-        assert_eq!(exit, Exit::Usage);
     }
 
     #[test]

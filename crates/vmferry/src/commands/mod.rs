@@ -8,6 +8,7 @@ pub(crate) mod man;
 pub(crate) mod migrate;
 pub(crate) mod receive;
 pub(crate) mod resolve;
+pub(crate) mod serve;
 pub(crate) mod set;
 pub(crate) mod status;
 mod watch;

@@ -28,7 +28,16 @@ const INTERVAL: Duration = Duration::from_millis(250);
 pub(crate) fn run(flags: &ReceiveFlags) -> Result<Exit, Failure> {
     let signals = Signals::new()?;
     let stop = Stop::new()?;
-    let OpenDisks { disks, mut made } = disks::open(&flags.disk, Purpose::Fill, past)?;
+    disks::check(&flags.disk)?;
+    let pasts = flags.disk.iter().map(past).collect::<Result<Vec<_>, _>>()?;
+    let OpenDisks { disks, mut made } = disks::open(&flags.disk, |flag| {
+        let at = flags.disk.iter().position(|other| other.name == flag.name);
+        let past = at
+            .and_then(|at| pasts.get(at))
+            .copied()
+            .unwrap_or(Past::Unknown);
+        (Purpose::Fill, past)
+    })?;
     let mut saved = flags.save.as_deref().map(Saved::create).transpose()?;
     if let Some(path) = &flags.save {
         made.add(path);
@@ -103,6 +112,12 @@ fn record_of(name: &str, path: &Path) -> RecordFile {
 
 /// What an earlier run says about a disk.
 fn past(flag: &DiskFlag) -> Result<Past, Failure> {
+    if flag.read_only {
+        return Err(Failure::usage(format!(
+            "disk \"{}\": a migration cannot fill a disk with readonly=on",
+            flag.name
+        )));
+    }
     let record = record_of(&flag.name, &flag.path)
         .read()
         .map_err(|error| Failure::new(Exit::Failed, error))?;

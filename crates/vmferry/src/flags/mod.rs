@@ -1,6 +1,7 @@
 //! The command line: each command's options, and a module for each kind of value.
 
 pub(crate) mod disk;
+pub(crate) mod incoming;
 mod log;
 pub(crate) mod rate;
 pub(crate) mod size;
@@ -15,6 +16,7 @@ use clap_complete::Shell;
 use vmferry_channel::Uri;
 
 use disk::DiskFlag;
+use incoming::IncomingFlag;
 pub(crate) use log::LogFlags;
 use rate::Rate;
 use size::Size;
@@ -119,7 +121,8 @@ migration may fill this disk although it holds data.";
 #[command(after_long_help = "Examples:
   Serve two disks, controlled through a socket:
     vmferry serve --disk root=/vm/root.img --disk data=/dev/vg/data \\
-        --nbd unix:/run/vmferry/nbd.sock --qmp unix:/run/vmferry/qmp.sock
+        --nbd unix:/run/vmferry/nbd.sock --qmp unix:/run/vmferry/qmp.sock \\
+        --state-dir /var/lib/vmferry
 
   Wait for a migration into a new 20 GiB file:
     vmferry serve --disk root=/vm/root.img,create=on,size=20GiB \\
@@ -140,10 +143,11 @@ pub(crate) struct ServeFlags {
     /// Listen for control connections here (QMP)
     #[arg(long, value_name = "ADDR")]
     pub(crate) qmp: Option<Uri>,
-    /// Wait for a migration here; the disks take no writes before it has completed
+    /// Wait for a migration here; the disks take no writes before it has completed. With "defer",
+    /// QMP's migrate-incoming says where
     #[arg(long, value_name = "URI")]
-    pub(crate) incoming: Option<Uri>,
-    /// Keep the record of where each disk stands here, not beside the disk
+    pub(crate) incoming: Option<IncomingFlag>,
+    /// Keep the record of where each disk lives here, not beside the disk (block devices need it)
     #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
     pub(crate) state_dir: Option<PathBuf>,
     /// Serve this disk although its record says that it moved, is arriving or is leaving

@@ -10,12 +10,11 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use rustix::process::{PidfdFlags, PidfdGetfdFlags};
 use vmferry_channel::Uri;
 
-use crate::child;
 use crate::commands::daemon::{Daemon, Refusal};
 use crate::exit::{Exit, Failure};
+use crate::{activation, child};
 
 /// Name of the descriptor at the daemon.
 const FD_NAME: &str = "vmferry-migrate";
@@ -57,7 +56,9 @@ impl Target {
                     offset: *offset,
                 })
             }
-            Uri::Fd(number) => inherited(*number).map(Self::Descriptor).map_err(failed),
+            Uri::Fd(number) => activation::duplicate(*number)
+                .map(Self::Descriptor)
+                .map_err(failed),
             Uri::Stdio => {
                 if io::stdout().is_terminal() {
                     return Err(Failure::usage(
@@ -143,17 +144,6 @@ fn open_file(path: &Path, offset: u64) -> io::Result<File> {
     }
     file.seek(SeekFrom::Start(offset))?;
     Ok(file)
-}
-
-/// A duplicate of a descriptor that this process was started with.
-fn inherited(number: i32) -> io::Result<OwnedFd> {
-    let this = rustix::process::getpid();
-    let this = rustix::process::pidfd_open(this, PidfdFlags::empty())?;
-    Ok(rustix::process::pidfd_getfd(
-        this,
-        number,
-        PidfdGetfdFlags::empty(),
-    )?)
 }
 
 /// The command of an `exec:`.

@@ -1,0 +1,315 @@
+//! `vmferry serve`: the storage daemon.
+
+use std::fs;
+use std::io::{self, Write};
+use std::os::unix::fs::FileTypeExt;
+use std::path::Path;
+use std::thread;
+
+use sd_notify::NotifyState;
+use vmferry_channel::{Listener, Uri};
+use vmferry_daemon::{Config, Daemon, Disk, Incoming, StartError};
+use vmferry_disk::{Hold, Node};
+use vmferry_migration::{Record, RecordFile, Residence, Standing, Start, start};
+use vmferry_qmp::types::ShutdownCause;
+
+use crate::activation::{self, Activated};
+use crate::disks::{self, OpenDisks, Past, Purpose};
+use crate::exit::{Exit, Failure};
+use crate::flags::ServeFlags;
+use crate::flags::disk::DiskFlag;
+use crate::flags::incoming::IncomingFlag;
+use crate::render;
+use crate::signals::Signals;
+
+pub(crate) fn run(flags: &ServeFlags) -> Result<Exit, Failure> {
+    let signals = Signals::new()?;
+    let activated = Activated::take()?;
+    let waits = flags.incoming.is_some() || activated.incoming.is_some();
+    check(flags, waits)?;
+    let plans = plans(flags, waits)?;
+    let OpenDisks { disks, made } = disks::open(&flags.disk, |flag| {
+        let plan = plans.iter().find(|plan| plan.name == flag.name);
+        plan.map_or((Purpose::Serve, Past::Unknown), Plan::purpose)
+    })?;
+    let disks: Vec<Disk> = disks
+        .into_iter()
+        .zip(plans)
+        .map(|(open, plan)| Disk {
+            node: Node::new(open.name, Box::new(open.disk), plan.resting()),
+            record: plan.file,
+            start: plan.start,
+            peer: plan.record.map(|record| record.peer).unwrap_or_default(),
+            path: open.path,
+            format: "raw",
+        })
+        .collect();
+    let waiting = disks.iter().any(|disk| disk.start == Start::Waiting);
+    let doors = Doors::open(flags, activated, waiting)?;
+    let addresses = doors.addresses();
+
+    let daemon = Daemon::start(doors.into_config(disks)).map_err(|error| match error {
+        StartError::TwoOfAName(_) => Failure::usage(error),
+        StartError::Daemon(_) | StartError::Resources(_) => Failure::new(Exit::Failed, error),
+    })?;
+    made.keep();
+    for (what, address) in &addresses {
+        report(flags, what, address)?;
+    }
+    notify(&[NotifyState::Ready]);
+    end_on_signal(signals, &daemon)?;
+    daemon
+        .run()
+        .map_err(|error| Failure::new(Exit::Failed, error))?;
+    Ok(Exit::Whole)
+}
+
+/// What can be said before anything is opened.
+fn check(flags: &ServeFlags, waits: bool) -> Result<(), Failure> {
+    disks::check(&flags.disk)?;
+    for name in &flags.take_back {
+        if flags.disk.iter().all(|flag| flag.name != *name) {
+            return Err(Failure::usage(format!(
+                "--take-back {name}: there is no such --disk"
+            )));
+        }
+    }
+    if let Some(flag) = flags.disk.iter().find(|flag| flag.overwrite && !waits) {
+        return Err(Failure::usage(format!(
+            "disk \"{}\": overwrite=on is for disks that a migration fills (--incoming)",
+            flag.name
+        )));
+    }
+    if waits && flags.disk.iter().all(|flag| flag.read_only) {
+        return Err(Failure::usage(
+            "--incoming needs a disk without readonly=on",
+        ));
+    }
+    if let Some(dir) = &flags.state_dir
+        && !dir.is_dir()
+    {
+        return Err(Failure::usage(format!(
+            "--state-dir {}: no such folder",
+            dir.display()
+        )));
+    }
+    Ok(())
+}
+
+/// What is known of a disk before it is opened, and how it begins.
+struct Plan {
+    name: String,
+    /// Read-only disks never move, so they have none.
+    file: Option<RecordFile>,
+    record: Option<Record>,
+    start: Start,
+}
+
+impl Plan {
+    fn purpose(&self) -> (Purpose, Past) {
+        let purpose = match self.start {
+            Start::Waiting => Purpose::Fill,
+            Start::Live | Start::Undecided => Purpose::Serve,
+        };
+        let past = match self.record.as_ref().map(|record| record.residence) {
+            None => Past::Unknown,
+            Some(Residence::Incoming) => Past::HalfFilled,
+            Some(Residence::Arrived | Residence::Leaving | Residence::Moved) => Past::Arrived,
+        };
+        (purpose, past)
+    }
+
+    /// What guests of the disk wait for. The daemon itself holds disks that are undecided.
+    fn resting(&self) -> Hold {
+        match self.start {
+            Start::Waiting => Hold::Writes,
+            Start::Live | Start::Undecided => Hold::Nothing,
+        }
+    }
+}
+
+/// Where the disks stand, by their records and the command line.
+fn plans(flags: &ServeFlags, waits: bool) -> Result<Vec<Plan>, Failure> {
+    let mut plans = Vec::new();
+    for flag in &flags.disk {
+        let file = record_file(flag, flags.state_dir.as_deref())?;
+        let read = file.as_ref().map(RecordFile::read).transpose();
+        let record = read
+            .map_err(|error| Failure::new(Exit::Failed, error))?
+            .flatten();
+        plans.push(Plan {
+            name: flag.name.clone(),
+            file,
+            record,
+            start: Start::Live,
+        });
+    }
+    let standing: Vec<Standing> = movable(&mut plans)
+        .map(|plan| Standing {
+            disk: plan.name.clone(),
+            record: plan
+                .record
+                .as_ref()
+                .map(|record| (record.residence, record.peer.clone())),
+            taken_back: flags.take_back.contains(&plan.name),
+        })
+        .collect();
+    let starts = start(&standing, waits).map_err(Failure::refused)?;
+    for (plan, start) in movable(&mut plans).zip(starts) {
+        plan.start = start;
+    }
+    Ok(plans)
+}
+
+fn movable(plans: &mut [Plan]) -> impl Iterator<Item = &mut Plan> {
+    plans.iter_mut().filter(|plan| plan.file.is_some())
+}
+
+/// A record beside a block device would be gone after a reboot.
+fn record_file(flag: &DiskFlag, state_dir: Option<&Path>) -> Result<Option<RecordFile>, Failure> {
+    if flag.read_only {
+        return Ok(None);
+    }
+    let is_device = fs::metadata(&flag.path).is_ok_and(|file| file.file_type().is_block_device());
+    if is_device && state_dir.is_none() {
+        return Err(Failure::usage(format!(
+            "disk \"{}\": {} is a block device, so --state-dir is needed",
+            flag.name,
+            flag.path.display()
+        ))
+        .hint("it is written there where the disk lives; a file in /dev would not last"));
+    }
+    Ok(Some(RecordFile::new(&flag.name, &flag.path, state_dir)))
+}
+
+/// Everything that the daemon listens on.
+struct Doors {
+    nbd: Vec<Listener>,
+    qmp: Vec<Listener>,
+    incoming: Option<Incoming>,
+}
+
+impl Doors {
+    fn open(flags: &ServeFlags, activated: Activated, waiting: bool) -> Result<Self, Failure> {
+        let Activated {
+            mut nbd,
+            mut qmp,
+            incoming,
+        } = activated;
+        for address in &flags.nbd {
+            nbd.push(listen("--nbd", address)?);
+        }
+        if let Some(address) = &flags.qmp {
+            qmp.push(listen("--qmp", address)?);
+        }
+        let incoming = match (&flags.incoming, incoming) {
+            (Some(_), Some(_)) => {
+                return Err(Failure::usage(
+                    "there is --incoming, and a socket named incoming from systemd",
+                ));
+            }
+            // What was expected has arrived before.
+            _ if !waiting => None,
+            (Some(flag), None) => Some(incoming_door(flag)?),
+            (None, listener) => listener.map(Incoming::Listener),
+        };
+        if nbd.is_empty() && qmp.is_empty() && incoming.is_none() {
+            return Err(Failure::usage(
+                "nobody could reach the daemon: say --nbd or --qmp",
+            ));
+        }
+        Ok(Self { nbd, qmp, incoming })
+    }
+
+    fn addresses(&self) -> Vec<(&'static str, Uri)> {
+        let of = |what, listeners: &[Listener]| -> Vec<_> {
+            listeners
+                .iter()
+                .map(|listener| (what, listener.local().clone()))
+                .collect()
+        };
+        let mut addresses = of("nbd", &self.nbd);
+        addresses.extend(of("qmp", &self.qmp));
+        if let Some(Incoming::Listener(listener)) = &self.incoming {
+            addresses.push(("incoming", listener.local().clone()));
+        }
+        addresses
+    }
+
+    fn into_config(self, disks: Vec<Disk>) -> Config {
+        Config {
+            name: None,
+            disks,
+            nbd: self.nbd,
+            qmp: self.qmp,
+            incoming: self.incoming,
+        }
+    }
+}
+
+fn incoming_door(flag: &IncomingFlag) -> Result<Incoming, Failure> {
+    Ok(match flag {
+        IncomingFlag::Defer => Incoming::Deferred,
+        IncomingFlag::At(uri @ (Uri::Tcp { .. } | Uri::Unix(_))) => {
+            Incoming::Listener(listen("--incoming", uri)?)
+        }
+        IncomingFlag::At(uri @ Uri::Fd(number)) if activation::is_listening(*number) => {
+            Incoming::Listener(listen("--incoming", uri)?)
+        }
+        IncomingFlag::At(uri) => Incoming::Once(uri.clone()),
+    })
+}
+
+fn listen(option: &str, address: &Uri) -> Result<Listener, Failure> {
+    if matches!(address, Uri::Exec(_) | Uri::File { .. } | Uri::Stdio) {
+        return Err(Failure::usage(format!(
+            "{option} {address}: nobody can connect to that"
+        )));
+    }
+    Listener::bind(address)
+        .map_err(|error| Failure::new(Exit::Failed, format!("{option}: {error}")))
+}
+
+/// One line, or one object, for each listener.
+fn report(flags: &ServeFlags, what: &'static str, address: &Uri) -> io::Result<()> {
+    if !flags.json {
+        let for_whom = match what {
+            "nbd" => "NBD clients",
+            "qmp" => "control (QMP)",
+            _ => "a migration",
+        };
+        return writeln!(
+            io::stderr(),
+            "vmferry: listening for {for_whom} at {address}"
+        );
+    }
+    let object = render::listening(what, address);
+    match flags.incoming {
+        // Standard output is the way back to the source.
+        Some(IncomingFlag::At(Uri::Stdio | Uri::Fd(1))) => {
+            render::write_json(&mut io::stderr(), &object)
+        }
+        _ => render::write_json(&mut io::stdout(), &object),
+    }
+}
+
+fn end_on_signal(signals: Signals, daemon: &Daemon) -> io::Result<()> {
+    let ender = daemon.ender();
+    thread::Builder::new()
+        .name("signals".to_owned())
+        .spawn(move || {
+            match signals.wait(None) {
+                Ok(_) => notify(&[NotifyState::Stopping]),
+                Err(error) => tracing::error!("cannot wait for signals: {error}"),
+            }
+            ender.end(ShutdownCause::HostSignal);
+        })?;
+    Ok(())
+}
+
+/// Tell systemd, if it is there.
+fn notify(state: &[NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(state) {
+        tracing::warn!("cannot notify systemd: {error}");
+    }
+}
