@@ -541,6 +541,11 @@ fn mirror_misses_nothing(device: Box<dyn BlockDevice>, meanwhile: impl Fn(&mut f
         for round in 0..rounds(8) {
             let marked = node.dirty().marked();
             while node.dirty().marked() < marked + 20 {
+                if node.dirty().count() == 0 {
+                    // Nothing to copy before a writer had its turn.
+                    thread::yield_now();
+                    continue;
+                }
                 meanwhile(&mut rng);
                 mirror(&lease, &mut copy);
                 passes += 1;
