@@ -15,11 +15,17 @@ impl From<&MigrationInfo> for Sample {
     fn from(info: &MigrationInfo) -> Self {
         let disk = info.disk.clone().unwrap_or_default();
         let pass = info.x_pass.unwrap_or(0);
+        let millis = info
+            .total_time
+            .unwrap_or(0)
+            .saturating_sub(info.setup_time.unwrap_or(0));
+        // Before the daemon has measured anything.
+        let average = disk.transferred.saturating_mul(1000) / millis.max(1);
         Self {
             phase: phase(info, pass),
             total_bytes: disk.total,
             remaining_bytes: disk.remaining,
-            bytes_per_second: info.x_bandwidth.unwrap_or(0),
+            bytes_per_second: info.x_bandwidth.filter(|rate| *rate > 0).unwrap_or(average),
             dirty_bytes_per_second: info.x_dirty_rate.unwrap_or(0),
             pass,
             expected_downtime_ms: info.expected_downtime,

@@ -104,7 +104,10 @@ impl Track {
             pass: self.pass,
             expected_downtime: sample.expected_downtime_ms.map(Duration::from_millis),
             eta: eta(sample),
-            stall: sample.stall.clone(),
+            stall: sample
+                .stall
+                .clone()
+                .filter(|_| sample.phase == Phase::Dirty),
         }
     }
 
@@ -152,21 +155,23 @@ impl View {
         if self.bytes_per_second > 0 {
             parts.push(units::rate(self.bytes_per_second));
         }
+        if self.pass > 1 {
+            parts.push(format!("pass {}", self.pass));
+        }
+        if let Some(stall) = &self.stall {
+            parts.push(one_line(stall));
+            return parts.join(", ");
+        }
         if self.dirty_bytes_per_second > 0 {
             parts.push(format!(
                 "guest writes {}",
                 units::rate(self.dirty_bytes_per_second)
             ));
         }
-        if self.pass > 1 {
-            parts.push(format!("pass {}", self.pass));
-        }
         if let Some(downtime) = self.expected_downtime {
             parts.push(format!("downtime ~{}", units::time(downtime)));
         }
-        if let Some(stall) = &self.stall {
-            parts.push(one_line(stall));
-        } else if let Some(eta) = self.eta {
+        if let Some(eta) = self.eta {
             parts.push(format!("ETA {}", units::time(eta)));
         }
         parts.join(", ")
@@ -289,7 +294,7 @@ mod tests {
         });
         assert_eq!(
             view.details(),
-            "920 MiB of 0.98 GiB, 100 MiB/s, guest writes 60.0 MiB/s, pass 3, downtime ~41 ms, \
+            "920 MiB of 0.98 GiB, 100 MiB/s, pass 3, guest writes 60.0 MiB/s, downtime ~41 ms, \
              ETA 2.0 s"
         );
         let stalled = track.view(&Sample {

@@ -32,11 +32,11 @@ use load::{Load, Plan, Shared};
 /// Smallest disk, so that there is something to see.
 const SMALLEST_BYTES: u64 = 16 << 20;
 /// The writers update this share of the disk, ...
-const HOT_SHARE: u64 = 32;
+const HOT_SHARE: u64 = 64;
 /// ... but not more than this. All of it is dirty at any time, for dirty chunks have 1 MiB, so it
 /// is what has to be sent while the guest waits: a guest that writes everywhere at once cannot be
 /// migrated live by anybody.
-const HOT_BYTES_MAX: u64 = 32 << 20;
+const HOT_BYTES_MAX: u64 = 16 << 20;
 /// How long the writers write before the migration, and after it.
 const CALM: Duration = Duration::from_secs(1);
 /// Disks are filled and verified in pieces of this size.
