@@ -43,7 +43,9 @@ impl Fio {
             "--output-format=json",
         ]);
         // Else it leaves a file in the current folder.
-        command.arg("--verify_state_save=0").arg(format!("--uri={uri}"));
+        command
+            .arg("--verify_state_save=0")
+            .arg(format!("--uri={uri}"));
         command.args(options.map(|option| format!("--{option}")));
         command
             .stdin(Stdio::null())
