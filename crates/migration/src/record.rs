@@ -14,7 +14,7 @@
 //! one, the folder synced.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{ErrorKind, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
@@ -120,15 +120,18 @@ impl RecordFile {
     /// # Errors
     /// A file that cannot be read, or is no record of this version.
     pub fn read(&self) -> Result<Option<Record>, RecordError> {
-        let length = match fs::metadata(&self.path) {
-            Ok(metadata) => metadata.len(),
+        let file = match File::open(&self.path) {
+            Ok(file) => file,
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
             Err(source) => return Err(self.io("read", source)),
         };
-        if length > RECORD_BYTES_MAX {
-            return Err(self.damaged(format!("{length} bytes long")));
+        let mut text = Vec::new();
+        file.take(RECORD_BYTES_MAX + 1)
+            .read_to_end(&mut text)
+            .map_err(|source| self.io("read", source))?;
+        if text.len() as u64 > RECORD_BYTES_MAX {
+            return Err(self.damaged(format!("longer than {RECORD_BYTES_MAX} bytes")));
         }
-        let text = fs::read(&self.path).map_err(|source| self.io("read", source))?;
         let record: Record =
             serde_json::from_slice(&text).map_err(|error| self.damaged(error.to_string()))?;
         if record.version != 1 {
