@@ -42,7 +42,7 @@ impl Handler for Commands {
             Command::Cont(_) => done(self.hub.cont()),
             Command::JobDismiss(job) => done(self.hub.state().jobs.dismiss(&job.id)),
             Command::Quit(_) => {
-                self.hub.ask_to_end(ShutdownCause::HostQmpQuit);
+                self.hub.ending.ask(ShutdownCause::HostQmpQuit);
                 done(Ok(()))
             }
             Command::QueryMigrate(_) => answer(self.hub.migration_info()),

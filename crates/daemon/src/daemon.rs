@@ -16,7 +16,7 @@ use crate::commands::Commands;
 use crate::config::{Config, version};
 use crate::error::DaemonError;
 use crate::exports::DiskExports;
-use crate::hub::Hub;
+use crate::hub::{Ending, Hub};
 
 /// How long QMP clients may take to read their last replies and the farewell.
 const FAREWELL_PATIENCE: Duration = Duration::from_secs(2);
@@ -58,12 +58,12 @@ pub struct Daemon {
 
 /// Asks a daemon to end, from any thread.
 #[derive(Clone, Debug)]
-pub struct Ender(Arc<Hub>);
+pub struct Ender(Arc<Ending>);
 
 impl Ender {
     /// Ask for the end. The first cause is the one that QMP clients are told.
     pub fn end(&self, cause: ShutdownCause) {
-        self.0.ask_to_end(cause);
+        self.0.ask(cause);
     }
 }
 
@@ -83,7 +83,12 @@ impl Daemon {
         }
         let broadcast = Broadcast::default();
         let announcer = Announcer::new(broadcast.clone());
-        let hub = Hub::new(config.name, Arc::clone(&disks), announcer, Stop::new()?);
+        let hub = Hub::new(
+            config.name,
+            Arc::clone(&disks),
+            announcer,
+            Arc::new(Ending::new()?),
+        );
         let hub = Arc::new(hub);
         hub.settle_disks()?;
         let nbd_stop = Stop::new()?;
@@ -109,17 +114,17 @@ impl Daemon {
     /// Can ask for the end while [`Daemon::run`] waits for it.
     #[must_use]
     pub fn ender(&self) -> Ender {
-        Ender(Arc::clone(&self.hub))
+        Ender(Arc::clone(&self.hub.ending))
     }
 
     /// Wait until somebody asks for the end, then end in order: migrations are cancelled (or their
     /// disks stay held, where it is too late for that), requests in flight are answered, disks are
-    /// synced.
+    /// synced. Nothing holds a disk any more when this returns.
     ///
     /// # Errors
     /// A disk could not be synced.
     pub fn run(mut self) -> Result<(), RunError> {
-        while !self.hub.end.wait_until(None) {}
+        self.hub.ending.wait();
         self.shut_down()
     }
 
@@ -144,7 +149,7 @@ impl Daemon {
         let Some(qmp) = self.qmp.take() else {
             return Ok(());
         };
-        let cause = self.hub.cause();
+        let cause = self.hub.ending.cause();
         tracing::info!(%cause, "ending");
         let result = self.end_service();
         let farewell = Event::Shutdown(ShutdownEvent {
@@ -177,7 +182,7 @@ impl Daemon {
 
 impl Drop for Daemon {
     fn drop(&mut self) {
-        self.hub.ask_to_end(ShutdownCause::HostError);
+        self.hub.ending.ask(ShutdownCause::HostError);
         // It has been logged.
         let _ = self.shut_down();
     }

@@ -1,5 +1,6 @@
 //! What all parts of the daemon share.
 
+use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -20,10 +21,47 @@ pub(crate) struct Hub {
     pub(crate) name: Option<String>,
     pub(crate) disks: Arc<[Disk]>,
     pub(crate) announcer: Announcer,
-    /// Triggered when somebody has asked for the end.
-    pub(crate) end: Stop,
-    cause: Mutex<ShutdownCause>,
+    pub(crate) ending: Arc<Ending>,
     state: Mutex<State>,
+}
+
+/// The wish that the daemon ends.
+#[derive(Debug)]
+pub(crate) struct Ending {
+    stop: Stop,
+    cause: Mutex<ShutdownCause>,
+}
+
+impl Ending {
+    pub(crate) fn new() -> io::Result<Self> {
+        Ok(Self {
+            stop: Stop::new()?,
+            cause: Mutex::default(),
+        })
+    }
+
+    /// Ask for the end; the first who asks is named as the cause.
+    pub(crate) fn ask(&self, cause: ShutdownCause) {
+        let mut first = self.cause.lock().unwrap_or_else(PoisonError::into_inner);
+        if !self.stop.is_triggered() {
+            *first = cause;
+            self.stop.trigger();
+        }
+    }
+
+    pub(crate) fn is_asked(&self) -> bool {
+        self.stop.is_triggered()
+    }
+
+    /// Wait until somebody asks.
+    pub(crate) fn wait(&self) {
+        while !self.stop.wait_until(None) {}
+    }
+
+    /// Who has asked first.
+    pub(crate) fn cause(&self) -> ShutdownCause {
+        *self.cause.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// What changes. The lock is held for no longer than a command needs; observers of migrations
@@ -48,34 +86,19 @@ impl Hub {
         name: Option<String>,
         disks: Arc<[Disk]>,
         announcer: Announcer,
-        end: Stop,
+        ending: Arc<Ending>,
     ) -> Self {
         Self {
             name,
             disks,
             announcer,
-            end,
-            cause: Mutex::default(),
+            ending,
             state: Mutex::default(),
         }
     }
 
     pub(crate) fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Ask for the end; the first who asks is named as the cause.
-    pub(crate) fn ask_to_end(&self, cause: ShutdownCause) {
-        let mut first = self.cause.lock().unwrap_or_else(PoisonError::into_inner);
-        if !self.end.is_triggered() {
-            *first = cause;
-            self.end.trigger();
-        }
-    }
-
-    /// Who has asked for the end.
-    pub(crate) fn cause(&self) -> ShutdownCause {
-        *self.cause.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Before anybody is let in: put the records right and hold what may live elsewhere.

@@ -215,13 +215,17 @@ impl Hub {
         Ok((stop, published))
     }
 
-    fn set_attempt(&self, attempt: Option<(Stop, Published)>) {
+    /// What `migrate_cancel` breaks off.
+    fn set_attempt(&self, attempt: Option<Stop>) {
         if let Some(incoming) = &mut self.state().incoming {
-            let (stop, published) = attempt.unzip();
-            incoming.attempt = stop;
-            if let Some(published) = published {
-                incoming.published = published;
-            }
+            incoming.attempt = attempt;
+        }
+    }
+
+    /// What `query-migrate` tells of from now on.
+    fn set_published(&self, published: &Published) {
+        if let Some(incoming) = &mut self.state().incoming {
+            incoming.published = published.clone();
         }
     }
 
@@ -257,20 +261,22 @@ fn receive_until_arrived(hub: &Weak<Hub>, door: &mut Door, stop: &Stop) {
             Ok(begun) => begun,
             Err(error) => break Phase::Lost(error.to_string()),
         };
-        // Opening a command or a pipe waits with the attempt's stop.
+        // Opening a command or a pipe may take its time, too. A cancel while nobody has connected
+        // must not hit who comes next.
         if matches!(door, Door::Once(_)) {
-            hub.set_attempt(Some((attempt.clone(), published.clone())));
+            hub.set_attempt(Some(attempt.clone()));
         }
         let channel = match door.open(stop, &attempt) {
             Ok(Some(channel)) => channel,
             Ok(None) => break Phase::Lost("its channel could be opened only once".to_owned()),
-            Err(ChannelError::Stopped) => return,
+            Err(ChannelError::Stopped) if stop.is_triggered() => return,
             Err(error) => {
                 tracing::error!(%error, "no migration can arrive");
                 break Phase::Lost(error.to_string());
             }
         };
-        hub.set_attempt(Some((attempt, published.clone())));
+        hub.set_attempt(Some(attempt));
+        hub.set_published(&published);
         // The daemon may have ended between the last look and now.
         if stop.is_triggered() {
             return;

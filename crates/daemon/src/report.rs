@@ -97,7 +97,7 @@ impl Hub {
         };
         let expecting = state.incoming.as_ref().and_then(IncomingState::why_busy);
         let status = match status {
-            _ if self.end.is_triggered() => RunState::Shutdown,
+            _ if self.ending.is_asked() => RunState::Shutdown,
             _ if state.recovered.is_some() => RunState::Postmigrate,
             _ if expecting.is_some() => RunState::Inmigrate,
             _ if state.stopped.is_some() => RunState::Paused,

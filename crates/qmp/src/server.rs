@@ -159,7 +159,8 @@ impl Broadcast {
     }
 }
 
-/// A running server. Dropping it ends all connections at once.
+/// A running server. Dropping it ends all connections at once, and waits for handlers that are at
+/// work: it must not be dropped by one.
 #[derive(Debug)]
 pub struct Server {
     shared: Arc<Shared>,
@@ -174,6 +175,7 @@ struct Shared {
     next_id: AtomicU64,
     connected: Mutex<usize>,
     left: Condvar,
+    clients: Mutex<Vec<JoinHandle<()>>>,
 }
 
 impl fmt::Debug for Shared {
@@ -204,6 +206,7 @@ impl Server {
             next_id: AtomicU64::new(0),
             connected: Mutex::new(0),
             left: Condvar::new(),
+            clients: Mutex::default(),
         });
         let mut server = Self {
             shared: Arc::clone(&shared),
@@ -242,7 +245,11 @@ impl Drop for Server {
             client.outbox.close();
             client.stop.trigger();
         }
-        // Handlers that are at work finish in their own time, without a client.
+        // Nobody uses the handler any more when this is over.
+        let clients = std::mem::take(&mut *lock(&self.shared.clients));
+        for client in clients {
+            let _ = client.join();
+        }
     }
 }
 
@@ -278,8 +285,13 @@ impl Shared {
                     tracing::debug!(%peer, %error, "QMP client lost");
                 }
             });
-        if let Err(error) = started {
-            tracing::warn!(%error, "no thread for a QMP client");
+        match started {
+            Ok(client) => {
+                let mut clients = lock(&self.clients);
+                clients.retain(|client| !client.is_finished());
+                clients.push(client);
+            }
+            Err(error) => tracing::warn!(%error, "no thread for a QMP client"),
         }
     }
 

@@ -111,7 +111,7 @@ fn a_migration_under_writes_loses_nothing() {
     while !migrating.load(Ordering::Acquire) {
         std::thread::yield_now();
     }
-    let mut qmp = from.qmp();
+    let mut qmp = from.patient_qmp();
     let mut watcher = to.qmp();
     assert_eq!(
         watcher.run("query-status", json!({}))["status"],
@@ -198,6 +198,8 @@ fn a_destination_listens_again_after_a_failure() {
     let to = destination.start(&["root"], &settings);
     let uri = to.incoming.clone().unwrap();
     let mut watcher = to.qmp();
+    // There is nothing to cancel, and who comes next is not cancelled for it.
+    watcher.run("migrate_cancel", json!({}));
 
     // Somebody who is no source at all.
     let stop = Stop::new().unwrap();
@@ -224,7 +226,7 @@ fn a_destination_listens_again_after_a_failure() {
     let held = watcher.blocks()[0].inserted.clone().unwrap().x_hold;
     assert_eq!(held.map(HoldLevel::as_str), Some("writes"));
 
-    let mut qmp = from.qmp();
+    let mut qmp = from.patient_qmp();
     qmp.run("migrate", migrate_to(&uri));
     let info = qmp.wait_status(&OVER);
     assert_eq!(info.status, Some(MigrationStatus::Completed), "{info:?}");
@@ -251,7 +253,7 @@ fn a_deferred_destination_is_told_where_to_listen() {
     assert!(error.contains("already been started"), "{error}");
 
     let from = source.start(&["root"], &Settings::default());
-    let mut qmp = from.qmp();
+    let mut qmp = from.patient_qmp();
     let error = qmp.refused("migrate-incoming", migrate_to(&uri));
     assert!(error.contains("no disk here waits"), "{error}");
     qmp.run("migrate", migrate_to(&uri));
@@ -271,7 +273,7 @@ fn a_migration_can_wait_be_cancelled_and_tried_again() {
     };
     let to = destination.start(&["root"], &settings);
     let uri = to.incoming.clone().unwrap();
-    let mut qmp = from.qmp();
+    let mut qmp = from.patient_qmp();
     let pause = |state: bool| json!({"capabilities": [{"capability": "pause-before-switchover", "state": state}]});
     qmp.run("migrate-set-capabilities", pause(true));
     qmp.run("migrate", migrate_to(&uri));
@@ -518,7 +520,7 @@ fn the_end_cancels_a_running_migration() {
         ..Settings::default()
     };
     let to = destination.start(&["root"], &settings);
-    let mut qmp = from.qmp();
+    let mut qmp = from.patient_qmp();
     qmp.run(
         "migrate-set-capabilities",
         json!({"capabilities": [{"capability": "pause-before-switchover", "state": true}]}),

@@ -123,7 +123,7 @@ impl Pair {
     /// Migrate through a link; both sides' ends, and the bytes that went through.
     fn migrate(&self, fault: Fault) -> (MigrationInfo, u64) {
         let (uri, link) = link(self.to.incoming.as_ref().unwrap(), fault);
-        let mut qmp = self.from.qmp();
+        let mut qmp = self.from.patient_qmp();
         qmp.run("migrate", migrate_to(&uri));
         let info = wait_end(&mut qmp);
         (info, link.join().unwrap())

@@ -27,6 +27,7 @@ pub(crate) struct Settings {
     pub(crate) incoming: bool,
     pub(crate) deferred: bool,
     pub(crate) take_back: bool,
+    pub(crate) once: Option<Uri>,
 }
 
 pub(crate) struct Running {
@@ -66,7 +67,7 @@ impl Host {
     }
 
     pub(crate) fn try_start(&self, names: &[&str], settings: &Settings) -> Result<Running, String> {
-        let incoming = settings.incoming || settings.deferred;
+        let incoming = settings.incoming || settings.deferred || settings.once.is_some();
         let standings: Vec<Standing> = names
             .iter()
             .map(|name| {
@@ -111,7 +112,7 @@ impl Host {
         let incoming = match listener {
             Some(listener) => Some(Incoming::Listener(listener)),
             None if settings.deferred => Some(Incoming::Deferred),
-            None => None,
+            None => settings.once.clone().map(Incoming::Once),
         };
         Ok(run(self.dir.path().to_owned(), disks, incoming, at))
     }
@@ -145,6 +146,16 @@ impl Running {
     pub(crate) fn qmp(&self) -> Qmp {
         let uri = Uri::Unix(self.dir.join("qmp.sock"));
         Qmp(Client::connect(&uri, &self.stop).unwrap())
+    }
+
+    /// A client of a daemon whose migrations end however slow this machine syncs now.
+    pub(crate) fn patient_qmp(&self) -> Qmp {
+        let mut qmp = self.qmp();
+        qmp.run(
+            "migrate-set-parameters",
+            json!({"downtime-limit": 2_000_000}),
+        );
+        qmp
     }
 
     pub(crate) fn nbd(&self, disk: &str) -> NbdClient {

@@ -2,4 +2,5 @@
 
 mod commands;
 mod cuts;
+mod faults;
 mod host;
