@@ -201,7 +201,8 @@ impl Disks {
         if self.failure.get().is_some() {
             return;
         }
-        if let Err((disk, source)) = self.try_to(operation) {
+        // Whoever waits for a sync is let go when the operation is dropped: after the reason is known.
+        if let Err((disk, source)) = self.try_to(&operation) {
             let _ = self.failure.set(ApplyError::Disk {
                 disk: self.fillers[disk].node().name().to_owned(),
                 source: Arc::new(source),
@@ -210,20 +211,20 @@ impl Disks {
     }
 
     /// On failure says which disk it was.
-    fn try_to(&mut self, operation: Operation) -> Result<(), (usize, DiskError)> {
+    fn try_to(&mut self, operation: &Operation) -> Result<(), (usize, DiskError)> {
         match operation {
-            Operation::Write {
+            &Operation::Write {
                 disk,
                 offset,
                 length,
-                buffer,
+                ref buffer,
             } => {
                 let filler = &self.fillers[disk];
                 write(filler, offset, &buffer[..length])
                     .and_then(|()| self.written[disk].count(filler, offset, length))
                     .map_err(|error| (disk, error))
             }
-            Operation::Zero {
+            &Operation::Zero {
                 disk,
                 offset,
                 length,
