@@ -1,0 +1,7 @@
+//! Both engines over real threads and sockets: cut anywhere, cancelled, lied to, short of disk space.
+
+mod bad_input;
+mod cuts;
+mod durability;
+mod ends;
+mod link;
