@@ -12,20 +12,20 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno as Os;
 use vmferry_channel::Stop;
 use vmferry_disk::{Cached, DiskError, Node, ReadPermit, Refusal};
 
+use crate::admission::{check, cost, permitted, read_bytes};
 use crate::errno;
 use crate::job::{Context, Job, Work, disk_failure, is_write};
 use crate::line::{Account, Line, Ticket};
+use crate::pace::{EAGER_TIME, Eagerness, Pace};
 use crate::payload::Payload;
-use crate::protocol::{
-    BadMagic, Command, Errno, PAYLOAD_BYTES_MAX, REQUEST_BYTES, Request, request,
-};
+use crate::protocol::{BadMagic, Command, Errno, REQUEST_BYTES, Request, request};
 use crate::reply::{self, HEAD_BYTES_MAX, Head};
 use crate::server::Settings;
 use crate::window::{Received, Window};
@@ -37,12 +37,14 @@ pub(crate) const WINDOW_BYTES: usize = 256 << 10;
 const SMALL_WRITE_BYTES_MAX: usize = 64 << 10;
 /// Largest read that the connection's own thread tries.
 const INLINE_READ_BYTES_MAX: usize = 256 << 10;
+/// Largest write that the connection's own thread does.
+const INLINE_WRITE_BYTES_MAX: usize = 1 << 20;
 /// Replies are collected in this much before they are sent.
 const STAGING_BYTES: usize = 512 << 10;
+/// With this much collected they are sent at once: the client works on them while we go on.
+const EARLY_SEND_BYTES: usize = 16 << 10;
 /// How much is received behind the payload of a large write: the next header, little more.
 const BEHIND_PAYLOAD_BYTES: usize = 4 << 10;
-/// What a request counts at least, in bytes, in every budget.
-const REQUEST_COST_MIN: u64 = 512;
 
 /// Why a connection ends.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -130,6 +132,7 @@ pub(crate) struct Connection<'a> {
     cached_reads: bool,
     read_pace: Pace,
     write_pace: Pace,
+    eagerness: Eagerness,
 }
 
 impl<'a> Connection<'a> {
@@ -158,6 +161,7 @@ impl<'a> Connection<'a> {
             cached_reads: true,
             read_pace: Pace::default(),
             write_pace: Pace::default(),
+            eagerness: Eagerness::default(),
         }
     }
 
@@ -199,7 +203,7 @@ impl<'a> Connection<'a> {
         let pause = self.take_requests();
         self.publish();
         match pause? {
-            Pause::NeedMore => match self.receive()? {
+            Pause::NeedMore => match self.receive_soon()? {
                 Received::Bytes(_) => Ok(()),
                 Received::Nothing => self.wait(PollFlags::IN),
                 Received::End => Err(End::Gone),
@@ -223,6 +227,25 @@ impl<'a> Connection<'a> {
             return Err(End::Departed);
         }
         self.retry_held()
+    }
+
+    /// Receive; look for a moment if nothing is there, because a client that has just got its
+    /// replies often has the next requests at hand, and going to sleep takes longer than that.
+    fn receive_soon(&mut self) -> Result<Received, End> {
+        let received = self.receive()?;
+        if received != Received::Nothing || !self.eagerness.is_worth_it() {
+            return Ok(received);
+        }
+        let start = Instant::now();
+        loop {
+            std::thread::yield_now();
+            let received = self.receive()?;
+            let over = start.elapsed() >= EAGER_TIME;
+            if received != Received::Nothing || over {
+                self.eagerness.learn(received != Received::Nothing);
+                return Ok(received);
+            }
+        }
     }
 
     fn receive(&mut self) -> Result<Received, End> {
@@ -284,6 +307,9 @@ impl<'a> Connection<'a> {
                         return Ok(Pause::NeedMore);
                     };
                     let request = Request::decode(header)?;
+                    if self.staged >= EARLY_SEND_BYTES {
+                        self.publish();
+                    }
                     if !self.take_request(request)? {
                         return Ok(Pause::NeedMore);
                     }
@@ -494,7 +520,23 @@ impl<'a> Connection<'a> {
         ticket: Ticket,
     ) -> Result<(), End> {
         self.retry_held()?;
-        self.admit(request, payload, Some(ticket))
+        let length = payload.bytes().len();
+        // With more requests behind it, receiving them is worth more than saving a hand-over.
+        let alone = self.window.unread().is_empty();
+        let inline = alone && length <= INLINE_WRITE_BYTES_MAX && !request.has(request::FUA);
+        if !inline || !self.held.is_empty() || !self.write_pace.is_good() {
+            return self.admit(request, payload, Some(ticket));
+        }
+        match self.node().begin_write(request.offset, length as u64) {
+            Ok(permit) => {
+                let result = self
+                    .write_pace
+                    .time(length, || permit.write(payload.bytes()));
+                self.answer_write(&request, result);
+                Ok(())
+            }
+            Err(refusal) => self.refused(request, payload, refusal),
+        }
     }
 
     fn answer_write(&mut self, request: &Request, result: Result<(), DiskError>) {
@@ -696,83 +738,6 @@ impl Drop for Connection<'_> {
     }
 }
 
-/// What a request of this many bytes counts in budgets.
-fn cost(bytes: usize) -> u64 {
-    (bytes as u64).max(REQUEST_COST_MIN)
-}
-
-/// Memory that a read's answer needs.
-fn read_bytes(request: &Request) -> usize {
-    if request.command == Command::READ {
-        request.length as usize
-    } else {
-        0
-    }
-}
-
-/// Is the request one that makes sense on this disk, whatever is held?
-fn check(request: &Request, context: &Context) -> Result<(), Errno> {
-    let limits = context.node.limits();
-    let allowed = match request.command {
-        Command::READ if context.structured => request::DF,
-        Command::READ | Command::WRITE | Command::TRIM | Command::CACHE => 0,
-        Command::FLUSH => 0,
-        Command::WRITE_ZEROES => request::NO_HOLE | request::FAST_ZERO,
-        Command::BLOCK_STATUS => request::REQ_ONE,
-        _ => return Err(Errno::EINVAL),
-    };
-    if request.flags & !(allowed | request::FUA) != 0 {
-        return Err(Errno::EINVAL);
-    }
-    let payload = matches!(request.command, Command::READ | Command::WRITE);
-    if payload && request.length > PAYLOAD_BYTES_MAX {
-        return Err(Errno::EINVAL);
-    }
-    if request.command == Command::BLOCK_STATUS && (!context.allocation || request.length == 0) {
-        return Err(Errno::EINVAL);
-    }
-    if is_write(request.command) && limits.read_only {
-        return Err(Errno::EPERM);
-    }
-    let end = request.offset.checked_add(u64::from(request.length));
-    if request.command != Command::FLUSH && end.is_none_or(|end| end > limits.length) {
-        return errno::of_refusal(Refusal::PastEnd, request.command).map_or(Ok(()), Err);
-    }
-    Ok(())
-}
-
-/// Ask the node; the payload comes back if it says no.
-fn permitted(
-    context: &Context,
-    request: &Request,
-    payload: Payload,
-) -> Result<Work, (Refusal, Payload)> {
-    let node = &context.node;
-    let (offset, length) = (request.offset, u64::from(request.length));
-    let write = || node.begin_write(offset, length);
-    let work: Result<Work, Refusal> = match request.command {
-        Command::WRITE => {
-            return match write() {
-                Ok(permit) => Ok(Work::Write { permit, payload }),
-                Err(refusal) => Err((refusal, payload)),
-            };
-        }
-        Command::READ => node.begin_read(offset, length).map(|permit| Work::Read {
-            permit,
-            payload: context.payloads.take(request.length as usize),
-            filled: 0,
-        }),
-        Command::WRITE_ZEROES => write().map(Work::WriteZeroes),
-        Command::TRIM => write().map(Work::Trim),
-        Command::BLOCK_STATUS => node.begin_read(offset, length).map(Work::Status),
-        Command::CACHE => node.begin_read(offset, length).map(|_| Work::Cache),
-        // A flush is never held, but a disk that has left must not pretend.
-        _ if node.held().is_none() => Err(Refusal::Departed),
-        _ => Ok(Work::Flush),
-    };
-    work.map_err(|refusal| (refusal, payload))
-}
-
 /// Wait for the socket, the line's event, the stop event or the deadline. What the socket is
 /// ready for.
 fn wait(
@@ -814,38 +779,5 @@ pub(crate) fn poll_until(
     match poll(fds, timeout.as_ref()) {
         Ok(_) | Err(Os::INTR) => Ok(()),
         Err(error) => Err(error),
-    }
-}
-
-/// Whether disk calls are quick enough to make them in the connection's own thread. A slow one
-/// sends the next ones to the workers, so that they overlap.
-#[derive(Debug, Default)]
-struct Pace {
-    /// So many calls go to the workers before the next try.
-    resting: u32,
-}
-
-/// A call may take this long,
-const CALL_TIME_MAX: Duration = Duration::from_micros(200);
-/// and this much longer for each KiB.
-const CALL_TIME_PER_KIB: Duration = Duration::from_micros(2);
-/// Calls that go to the workers after a slow one.
-const RESTING_CALLS: u32 = 64;
-
-impl Pace {
-    fn is_good(&mut self) -> bool {
-        self.resting = self.resting.saturating_sub(1);
-        self.resting == 0
-    }
-
-    fn time<T>(&mut self, bytes: usize, call: impl FnOnce() -> T) -> T {
-        let start = Instant::now();
-        let result = call();
-        let kib = u32::try_from(bytes / 1024).unwrap_or(u32::MAX);
-        let allowed = CALL_TIME_MAX.saturating_add(CALL_TIME_PER_KIB.saturating_mul(kib));
-        if start.elapsed() > allowed {
-            self.resting = RESTING_CALLS;
-        }
-        result
     }
 }

@@ -23,11 +23,13 @@ pub mod errno;
 pub mod negotiation;
 pub mod protocol;
 
+mod admission;
 mod client_handshake;
 mod client_replies;
 mod connection;
 mod job;
 mod line;
+mod pace;
 mod payload;
 mod reply;
 mod server;

@@ -247,7 +247,7 @@ impl Server {
             .unwrap_or_else(Instant::now);
         let mut negotiation = Negotiation::new(deadline, &mut out);
         let mut pending = Progress::Advanced;
-        loop {
+        while !stop.is_triggered() {
             send_all(line, &mut out, stop, deadline)?;
             match pending {
                 Progress::Advanced => {}
@@ -265,6 +265,7 @@ impl Server {
             window.consume(used);
             pending = progress;
         }
+        Err(HandshakeEnd::Stopped)
     }
 
     fn clients(&self) -> MutexGuard<'_, HashMap<u64, Client>> {
