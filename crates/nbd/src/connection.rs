@@ -37,8 +37,6 @@ pub(crate) const WINDOW_BYTES: usize = 256 << 10;
 const SMALL_WRITE_BYTES_MAX: usize = 64 << 10;
 /// Largest read that the connection's own thread tries.
 const INLINE_READ_BYTES_MAX: usize = 256 << 10;
-/// Largest write that the connection's own thread does.
-const INLINE_WRITE_BYTES_MAX: usize = 1 << 20;
 /// Replies are collected in this much before they are sent.
 const STAGING_BYTES: usize = 512 << 10;
 /// With this much collected they are sent at once: the client works on them while we go on.
@@ -512,7 +510,8 @@ impl<'a> Connection<'a> {
         Ok(())
     }
 
-    /// A write that has its own buffer, all filled.
+    /// A write that has its own buffer, all filled: a worker's, because receiving the next requests
+    /// meanwhile is worth more than saving a hand-over.
     fn write_large(
         &mut self,
         request: Request,
@@ -520,23 +519,7 @@ impl<'a> Connection<'a> {
         ticket: Ticket,
     ) -> Result<(), End> {
         self.retry_held()?;
-        let length = payload.bytes().len();
-        // With more requests behind it, receiving them is worth more than saving a hand-over.
-        let alone = self.window.unread().is_empty();
-        let inline = alone && length <= INLINE_WRITE_BYTES_MAX && !request.has(request::FUA);
-        if !inline || !self.held.is_empty() || !self.write_pace.is_good() {
-            return self.admit(request, payload, Some(ticket));
-        }
-        match self.node().begin_write(request.offset, length as u64) {
-            Ok(permit) => {
-                let result = self
-                    .write_pace
-                    .time(length, || permit.write(payload.bytes()));
-                self.answer_write(&request, result);
-                Ok(())
-            }
-            Err(refusal) => self.refused(request, payload, refusal),
-        }
+        self.admit(request, payload, Some(ticket))
     }
 
     fn answer_write(&mut self, request: &Request, result: Result<(), DiskError>) {
