@@ -50,10 +50,11 @@ pub struct RunError {
 #[derive(Debug)]
 pub struct Daemon {
     hub: Arc<Hub>,
-    /// `None` once it has ended.
+    /// The last to start and the last to end.
     qmp: Option<vmferry_qmp::Server>,
     nbd_stop: Stop,
     nbd_threads: Vec<JoinHandle<()>>,
+    ended: bool,
 }
 
 /// Asks a daemon to end, from any thread.
@@ -91,23 +92,25 @@ impl Daemon {
         );
         let hub = Arc::new(hub);
         hub.settle_disks()?;
-        let nbd_stop = Stop::new()?;
+        let mut daemon = Self {
+            hub: Arc::clone(&hub),
+            qmp: None,
+            nbd_stop: Stop::new()?,
+            nbd_threads: Vec::new(),
+            ended: false,
+        };
+        // Before the first command can come: disks that wait for a migration cannot migrate away.
+        if let Some(incoming) = config.incoming {
+            hub.expect(incoming)?;
+        }
         let exports = Arc::new(DiskExports::new(disks));
         let nbd = vmferry_nbd::Server::new(exports, Settings::default())?;
-        let commands = Arc::new(Commands::new(Arc::clone(&hub)));
-        let qmp = vmferry_qmp::Server::start(config.qmp, version(), commands, broadcast)?;
-        let mut daemon = Self {
-            hub,
-            qmp: Some(qmp),
-            nbd_stop,
-            nbd_threads: Vec::new(),
-        };
         for listener in config.nbd {
             daemon.serve_nbd(&nbd, listener)?;
         }
-        if let Some(incoming) = config.incoming {
-            daemon.hub.expect(incoming)?;
-        }
+        let commands = Arc::new(Commands::new(hub));
+        let qmp = vmferry_qmp::Server::start(config.qmp, version(), commands, broadcast)?;
+        daemon.qmp = Some(qmp);
         Ok(daemon)
     }
 
@@ -146,9 +149,9 @@ impl Daemon {
     }
 
     fn shut_down(&mut self) -> Result<(), RunError> {
-        let Some(qmp) = self.qmp.take() else {
+        if std::mem::replace(&mut self.ended, true) {
             return Ok(());
-        };
+        }
         let cause = self.hub.ending.cause();
         tracing::info!(%cause, "ending");
         let result = self.end_service();
@@ -156,7 +159,9 @@ impl Daemon {
             guest: false,
             reason: cause,
         });
-        qmp.shutdown(&farewell, FAREWELL_PATIENCE);
+        if let Some(qmp) = self.qmp.take() {
+            qmp.shutdown(&farewell, FAREWELL_PATIENCE);
+        }
         result
     }
 

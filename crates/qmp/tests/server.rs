@@ -14,8 +14,8 @@ use vmferry_qmp::types::{
     Empty, MigrationPassEvent, ShutdownCause, ShutdownEvent, VersionInfo, VersionTriple,
 };
 use vmferry_qmp::{
-    Broadcast, CLIENTS_MAX, Client, ClientContext, ClientError, Command, CommandError, ErrorClass,
-    Event, Handler, OUTBOX_BYTES_MAX, Server,
+    Broadcast, CLIENTS_MAX, Client, ClientContext, ClientError, Command, CommandError, EVENTS_MAX,
+    ErrorClass, Event, Handler, MESSAGE_BYTES_MAX, OUTBOX_BYTES_MAX, Server,
 };
 
 /// Long enough for any machine; never reached when all is well.
@@ -381,4 +381,75 @@ fn a_stopped_client_returns() {
         fixture.stop.trigger();
         assert!(waiter.join().unwrap().is_err());
     });
+}
+
+/// A server that says what a test wants: greeting, then `speech` as the answer to the second
+/// request.
+fn scripted(speech: Vec<u8>) -> (Client, std::thread::JoinHandle<()>) {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let server = std::thread::spawn(move || {
+        let mut reader = BufReader::new(theirs);
+        let mut say = |bytes: &[u8]| {
+            // A client that has heard enough may be gone.
+            let _ = reader.get_mut().write_all(bytes);
+            let mut request = String::new();
+            let _ = reader.read_line(&mut request);
+        };
+        say(br#"{"QMP":{"version":{"qemu":{"major":9}},"capabilities":[]}}"#);
+        say(br#"{"return":{},"id":"vmferry-1"}"#);
+        say(&speech);
+    });
+    let stop = Stop::new().unwrap();
+    (Client::over(ours.into(), "script", &stop).unwrap(), server)
+}
+
+#[test]
+fn a_client_keeps_the_newest_events_and_no_more() {
+    for extra in [0, 1] {
+        let mut speech = Vec::new();
+        for number in 0..EVENTS_MAX + extra {
+            writeln!(speech, "{{\"event\":\"E\",\"data\":{{\"n\":{number}}}}}").unwrap();
+        }
+        speech.extend_from_slice(br#"{"return":7,"id":"vmferry-2"}"#);
+        let (mut client, server) = scripted(speech);
+        assert_eq!(client.execute("x", json!({})).unwrap(), 7);
+        let events = client.take_events();
+        assert_eq!(events.len(), EVENTS_MAX);
+        assert_eq!(events[0].data["n"], extra);
+        drop(client);
+        server.join().unwrap();
+    }
+}
+
+#[test]
+fn a_client_takes_the_longest_message_and_no_longer_one() {
+    let frame = r#"{"return":"","id":"vmferry-2"}"#;
+    for extra in [0, 1] {
+        let text = "x".repeat(MESSAGE_BYTES_MAX - frame.len() + extra);
+        let speech = format!("{{\"return\":\"{text}\",\"id\":\"vmferry-2\"}}\n");
+        let (mut client, server) = scripted(speech.into_bytes());
+        let outcome = client.execute("x", json!({}));
+        if extra == 0 {
+            assert_eq!(outcome.unwrap(), text);
+        } else {
+            let error = outcome.unwrap_err().to_string();
+            assert!(error.contains("longer than 8388608 bytes"), "{error}");
+        }
+        drop(client);
+        server.join().unwrap();
+    }
+}
+
+#[test]
+fn a_reply_to_somebody_else_is_noticed() {
+    for speech in [
+        &br#"{"return":{},"id":"vmferry-1"}"#[..],
+        br#"{"answer":{}}"#,
+    ] {
+        let (mut client, server) = scripted(speech.to_vec());
+        let error = client.execute("x", json!({})).unwrap_err();
+        assert!(matches!(error, ClientError::NotQmp { .. }), "{error}");
+        drop(client);
+        server.join().unwrap();
+    }
 }
