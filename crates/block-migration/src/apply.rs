@@ -80,7 +80,7 @@ impl Queue {
             Self::Thread(thread) => thread.send(operation).is_ok(),
             Self::Here(disks) => {
                 let mut disks = disks.lock().unwrap_or_else(PoisonError::into_inner);
-                disks.carry_out(operation);
+                disks.carry_out(&operation);
                 true
             }
         }
@@ -174,7 +174,7 @@ fn run(disks: &mut Disks, operations: &Receiver<Operation>) {
         if matches!(operation, Operation::End) {
             return;
         }
-        disks.carry_out(operation);
+        disks.carry_out(&operation);
     }
 }
 
@@ -196,13 +196,12 @@ impl Disks {
     }
 
     /// After a failure nothing is written any more, but buffers go back to their pool and waiters
-    /// are let go.
-    fn carry_out(&mut self, operation: Operation) {
+    /// are let go when the caller drops the operation: after the reason is known.
+    fn carry_out(&mut self, operation: &Operation) {
         if self.failure.get().is_some() {
             return;
         }
-        // Whoever waits for a sync is let go when the operation is dropped: after the reason is known.
-        if let Err((disk, source)) = self.try_to(&operation) {
+        if let Err((disk, source)) = self.try_to(operation) {
             let _ = self.failure.set(ApplyError::Disk {
                 disk: self.fillers[disk].node().name().to_owned(),
                 source: Arc::new(source),

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 
+use vmferry_disk::simulated::MemoryDisk;
 use vmferry_disk::{Hold, Node};
 use vmferry_migration::{
     Capabilities, Decision, Parameters, RecordFile, RequestError, Residence, State,
@@ -208,7 +209,11 @@ impl Guest {
     fn stop_and_check(self, live: &Host) {
         self.over.store(true, Ordering::Relaxed);
         let acknowledged = self.thread.join().expect("never live on both sides");
-        let disks: Vec<Vec<u8>> = live.memories.iter().map(|d| d.durable_snapshot()).collect();
+        let disks: Vec<Vec<u8>> = live
+            .memories
+            .iter()
+            .map(MemoryDisk::durable_snapshot)
+            .collect();
         for ((disk, block), value) in acknowledged {
             let start = usize::try_from(block * BLOCK_BYTES).expect("small");
             let stored = &disks[disk][start..start + BLOCK_BYTES as usize];

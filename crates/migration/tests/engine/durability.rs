@@ -2,6 +2,7 @@
 
 use std::sync::{Arc, Mutex};
 
+use vmferry_disk::simulated::MemoryDisk;
 use vmferry_migration::{Capabilities, Parameters, State};
 use vmferry_stream::return_path::ReturnMessage;
 
@@ -60,7 +61,7 @@ fn the_barriers_pong_means_durable() {
     let (memories, seen) = (target.memories.clone(), Arc::clone(&left));
     let (here, there, _threads) = relay(Cut::Never, move |message| {
         if *message == ReturnMessage::Pong(u32::MAX) {
-            let durable = memories.iter().map(|disk| disk.durable_snapshot());
+            let durable = memories.iter().map(MemoryDisk::durable_snapshot);
             *seen.lock().expect("no panic") = Some(durable.collect::<Vec<_>>());
         }
     });
