@@ -1,5 +1,6 @@
 //! Reading chunks: at once where the page cache has them, in threads where not.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -83,7 +84,10 @@ impl ThreadReads {
                 else {
                     return;
                 };
-                let result = read_padded(&claim, &mut buffer).map(|()| buffer);
+                // A panic must end the migration, which waits for this read.
+                let read = catch_unwind(AssertUnwindSafe(|| read_padded(&claim, &mut buffer)));
+                let result = read.unwrap_or_else(|_| Err(panicked(&claim)));
+                let result = result.map(|()| buffer);
                 if done.send(Finished { ticket, result }).is_err() {
                     return;
                 }
@@ -210,6 +214,16 @@ impl Speed {
         let nanoseconds = self.busy.as_nanos().max(1);
         let rate = u128::from(self.bytes) * 1_000_000_000 / nanoseconds;
         (self.bytes > 0).then(|| u64::try_from(rate).unwrap_or(u64::MAX))
+    }
+}
+
+fn panicked(claim: &Claim) -> DiskError {
+    let bytes = claim.bytes();
+    DiskError {
+        operation: "read",
+        offset: bytes.start,
+        length: bytes.end - bytes.start,
+        source: std::io::Error::other("internal error: the disk's backend panicked"),
     }
 }
 
