@@ -1,10 +1,46 @@
 //! The channel as a sink of the save machine.
 
 use std::io::IoSlice;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use vmferry_channel::{ChannelError, RateLimit, Writer};
 use vmferry_savevm::{HandlerError, Sink};
+
+/// The rate limit that an operator may change at any time, until it is lifted for the switch-over.
+#[derive(Clone, Debug)]
+pub(crate) struct Throttle {
+    limit: RateLimit,
+    lifted: Arc<Mutex<bool>>,
+}
+
+impl Throttle {
+    pub(crate) fn new(bytes_per_second: Option<u64>) -> Self {
+        Self {
+            limit: RateLimit::new(bytes_per_second.unwrap_or(0)),
+            lifted: Arc::default(),
+        }
+    }
+
+    /// Counts for the block that is being written, too.
+    pub(crate) fn set(&self, bytes_per_second: Option<u64>) {
+        let lifted = self.lifted.lock().unwrap_or_else(PoisonError::into_inner);
+        if !*lifted {
+            self.limit.set(bytes_per_second.unwrap_or(0));
+        }
+    }
+
+    /// Guests wait from now on: no limit any more, whatever is set.
+    pub(crate) fn lift(&self) {
+        let mut lifted = self.lifted.lock().unwrap_or_else(PoisonError::into_inner);
+        *lifted = true;
+        self.limit.set(0);
+    }
+
+    pub(crate) fn limit(&self) -> &RateLimit {
+        &self.limit
+    }
+}
 
 /// Small pieces are collected up to this many bytes.
 const COLLECT_BYTES: usize = 64 << 10;
@@ -85,5 +121,24 @@ impl Sink for ChannelSink {
         } else {
             Ok(())
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_limit_that_was_lifted_does_not_come_back() {
+        let throttle = Throttle::new(Some(1000));
+        assert_eq!(throttle.limit().bytes_per_second(), Some(1000));
+        throttle.set(Some(2000));
+        assert_eq!(throttle.limit().bytes_per_second(), Some(2000));
+        throttle.set(None);
+        assert_eq!(throttle.limit().bytes_per_second(), None);
+        throttle.set(Some(1));
+        throttle.lift();
+        throttle.clone().set(Some(1));
+        assert_eq!(throttle.limit().bytes_per_second(), None);
     }
 }

@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 use vmferry_block_migration::{
     SECTION_NAME, SECTION_VERSION, Source, SourceError, SourceOptions, SourceStats, ThreadReads,
 };
-use vmferry_channel::{Channel, ChannelError, RateLimit, Stop, Uri, Writer, open_outgoing};
+use vmferry_channel::{Channel, ChannelError, Stop, Uri, Writer, open_outgoing};
 use vmferry_disk::{Hold, InUse, Lease};
 use vmferry_savevm::{
     Completing, DirtyTotal, Ended, GuestStopped, Iterating, Opening, Priority, Progress, Ready,
@@ -33,7 +33,7 @@ use crate::hand_over::{CancelGate, CommitError, Committed, Decision, SourceDisk}
 use crate::parameters::{Capabilities, Parameters};
 use crate::record::{RecordError, RecordFile};
 use crate::return_path;
-use crate::sink::ChannelSink;
+use crate::sink::{ChannelSink, Throttle};
 use crate::status::{Published, State};
 
 /// How long to wait for a connection.
@@ -185,6 +185,7 @@ pub struct RunningSource {
     published: Published,
     events: Sender<Event>,
     gate: Arc<CancelGate>,
+    throttle: Throttle,
     stop: Stop,
     thread: Option<JoinHandle<()>>,
 }
@@ -202,6 +203,7 @@ impl RunningSource {
         let (events, inbox) = channel();
         let gate = Arc::new(CancelGate::default());
         let stop = job.stop.clone();
+        let throttle = Throttle::new(job.parameters.max_bandwidth);
         let mut engine = Engine {
             peer: job.target.peer(),
             published: published.clone(),
@@ -211,7 +213,7 @@ impl RunningSource {
             stop: stop.clone(),
             parameters: job.parameters,
             capabilities: job.capabilities,
-            limit: RateLimit::new(job.parameters.max_bandwidth.unwrap_or(0)),
+            throttle: throttle.clone(),
             shut: None,
             return_closed: None,
             last_pong: None,
@@ -237,6 +239,7 @@ impl RunningSource {
             published,
             events,
             gate,
+            throttle,
             stop,
             thread: Some(thread),
         })
@@ -271,6 +274,8 @@ impl RunningSource {
 
     /// Change parameters.
     pub fn set(&self, parameters: Parameters) {
+        // At once: the engine's thread may be in the middle of a block under the old limit.
+        self.throttle.set(parameters.max_bandwidth);
         let _ = self.events.send(Event::Set(parameters));
     }
 
@@ -360,7 +365,7 @@ struct Engine {
     stop: Stop,
     parameters: Parameters,
     capabilities: Capabilities,
-    limit: RateLimit,
+    throttle: Throttle,
     shut: Option<u32>,
     return_closed: Option<String>,
     last_pong: Option<(u32, Instant)>,
@@ -432,7 +437,10 @@ impl Engine {
             }
             _ => false,
         };
-        Ok((ChannelSink::new(writer, self.limit.clone()), two_way))
+        Ok((
+            ChannelSink::new(writer, self.throttle.limit().clone()),
+            two_way,
+        ))
     }
 
     /// Everything up to, and without, EOF. A failure leaves the leases to be dropped.
@@ -465,7 +473,7 @@ impl Engine {
         let completing = self.converge(iterating, leases, registry, stats, sink, two_way)?;
         let held_at = Instant::now();
         let stopped = self.stop_guests(leases)?;
-        self.limit.set(0);
+        self.throttle.lift();
         let barrier = two_way.then_some(BARRIER);
         self.last_pong = None;
         let ended = completing.end_live(&stopped, registry, barrier, sink)?;
@@ -695,10 +703,7 @@ impl Engine {
                 Event::Pong { value, at } => self.last_pong = Some((value, at)),
                 Event::Shut(status) => self.shut = Some(status),
                 Event::ReturnClosed(reason) => self.return_closed = Some(reason),
-                Event::Set(parameters) => {
-                    self.limit.set(parameters.max_bandwidth.unwrap_or(0));
-                    self.parameters = parameters;
-                }
+                Event::Set(parameters) => self.parameters = parameters,
                 Event::Continue => self.go_on = true,
                 Event::Decide(_) | Event::Wake => {}
             }
