@@ -4,4 +4,6 @@ mod bad_input;
 mod cuts;
 mod durability;
 mod ends;
+mod failures;
+mod liars;
 mod link;
