@@ -38,7 +38,7 @@ impl Pace {
 /// So long is looked for more requests before the thread sleeps.
 pub(crate) const EAGER_TIME: Duration = Duration::from_micros(50);
 /// Most sleeps without a look.
-const SKIPPED_LOOKS_MAX: u32 = 63;
+const SKIPPED_LOOKS_MAX: u32 = 7;
 
 /// Whether looking for more requests before sleeping has been of use. Each look in vain doubles the
 /// number of sleeps without one.
@@ -96,7 +96,7 @@ mod tests {
             sleeps_between.push(skipped);
             eagerness.learn(false);
         }
-        assert_eq!(sleeps_between, [0, 1, 3, 7, 15, 31, 63, 63]);
+        assert_eq!(sleeps_between, [0, 1, 3, 7, 7, 7, 7, 7]);
         eagerness.learn(true);
         assert!(eagerness.is_worth_it());
     }
