@@ -804,6 +804,7 @@ struct Watch {
     pings: u32,
     /// From a PING behind a pass to its PONG.
     sync: Option<Duration>,
+    answered_at: Option<Instant>,
     stall: StallDetector,
     passes: u64,
 }
@@ -819,6 +820,7 @@ impl Watch {
             ping: None,
             pings: 0,
             sync: None,
+            answered_at: None,
             stall: StallDetector::default(),
             passes: 0,
         }
@@ -841,14 +843,17 @@ impl Watch {
             && value == asked
         {
             self.sync = Some(at.saturating_duration_since(since));
+            self.answered_at = Some(at);
             self.ping = None;
         }
     }
 
     /// One is sent when the bulk phase has ended, and then whenever the last one was answered and
-    /// there was something worth measuring.
+    /// something was sent since. Where nothing is, it is still asked now and then: the sync that was
+    /// measured may have been that of the whole bulk phase, which is over.
     fn wants_ping(&self, progress: Progress) -> bool {
-        self.ping.is_none() && (self.sync.is_none() || progress != Progress::Finished)
+        let is_stale = || self.answered_at.is_none_or(|at| at.elapsed() >= TICK);
+        self.ping.is_none() && (progress != Progress::Finished || is_stale())
     }
 
     fn next_ping(&mut self) -> u32 {

@@ -3,10 +3,10 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vmferry_channel::{Channel, Stop};
-use vmferry_disk::simulated::MemoryDisk;
+use vmferry_disk::simulated::{MemoryDisk, Operation};
 use vmferry_disk::{Hold, Node};
 use vmferry_migration::{
     Arrived, Capabilities, DestinationDisk, DestinationFailure, DestinationJob, Parameters,
@@ -154,4 +154,26 @@ fn every_acknowledged_write_arrives() {
             "block {block}"
         );
     }
+}
+
+/// The first sync takes longer than the downtime limit, for it is that of the whole bulk phase.
+#[test]
+fn a_slow_first_sync_does_not_keep_an_idle_disk_here() {
+    let source = source_end("disk0", &[7; 2 << 20]);
+    let target = target_end("disk0", 2 << 20);
+    // The very first PING, before any data, is answered at once.
+    let gate = target.memory.gate(Operation::Flush);
+    let opener = thread::spawn(move || {
+        gate.wait_reached(1);
+        let limit = Parameters::default().downtime_limit;
+        let begun = Instant::now();
+        while begun.elapsed() <= 2 * limit {
+            thread::yield_now();
+        }
+        gate.open();
+    });
+    let (status, arrived) = migrate(&[&source], &[&target]);
+    opener.join().expect("no panic");
+    assert_eq!(status.state, State::Completed, "{status:?} {arrived:?}");
+    assert!(source.memory.snapshot() == target.memory.durable_snapshot());
 }
