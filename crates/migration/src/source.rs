@@ -402,8 +402,16 @@ impl Engine {
             )
             .map_err(|error| SourceFailure::ReturnClosed(error.to_string()))?;
         let at_barrier = self.send_all(&leases, &mut registry, &stats, &mut sink, two_way);
+        let AtBarrier { ended, held_at } = match at_barrier {
+            Ok(at_barrier) => at_barrier,
+            Err(error) => {
+                // Guests go on at once: ending the handler waits for reads, which may be stuck.
+                drop(leases);
+                cleanup(&mut registry);
+                return Err(error);
+            }
+        };
         cleanup(&mut registry);
-        let AtBarrier { ended, held_at } = at_barrier?;
         self.check_cancelled()?;
         let committed = Committed::commit(leases, &self.peer, &self.gate).map_err(|e| match e {
             CommitError::Record(error) => SourceFailure::Record(error),
