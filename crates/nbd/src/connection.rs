@@ -37,6 +37,8 @@ pub(crate) const WINDOW_BYTES: usize = 256 << 10;
 const SMALL_WRITE_BYTES_MAX: usize = 64 << 10;
 /// Largest read that the connection's own thread tries.
 const INLINE_READ_BYTES_MAX: usize = 256 << 10;
+/// Above this size, a read that has requests behind it is a worker's.
+const LONE_READ_BYTES_MIN: usize = 64 << 10;
 /// Replies are collected in this much before they are sent.
 const STAGING_BYTES: usize = 512 << 10;
 /// With this much collected they are sent at once: the client works on them while we go on.
@@ -412,7 +414,9 @@ impl<'a> Connection<'a> {
         };
         let length = request.length as usize;
         let mut filled = 0;
-        if length <= INLINE_READ_BYTES_MAX {
+        // Large reads that come together are copied by several threads.
+        let together = length > LONE_READ_BYTES_MIN && !self.window.unread().is_empty();
+        if length <= INLINE_READ_BYTES_MAX && !together {
             let head = Head::of_read(&request, self.context.structured);
             let start = self.stage_room(HEAD_BYTES_MAX.saturating_add(length));
             let (before, place) = self
