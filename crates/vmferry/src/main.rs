@@ -11,7 +11,7 @@ mod flags;
 mod render;
 mod signals;
 
-use std::io;
+use std::io::{self, IsTerminal};
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -46,11 +46,18 @@ fn run(cli: Cli) -> Result<Exit, Failure> {
     }
 }
 
+/// The journal and a person at a terminal know what time it is; a file does not.
 fn log_to_stderr(flags: LogFlags) {
-    tracing_subscriber::fmt()
+    let to_terminal = io::stderr().is_terminal();
+    let timed = !to_terminal && std::env::var_os("JOURNAL_STREAM").is_none();
+    let log = tracing_subscriber::fmt()
         .with_max_level(flags.filter())
         .with_writer(io::stderr)
-        .without_time()
-        .with_target(false)
-        .init();
+        .with_ansi(to_terminal)
+        .with_target(false);
+    if timed {
+        log.init();
+    } else {
+        log.without_time().init();
+    }
 }

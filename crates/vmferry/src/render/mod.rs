@@ -86,7 +86,7 @@ impl Progress {
         self.shown = Some((now, view.phase));
         match &mut self.style {
             Style::Bar(bar) => bar.draw(view),
-            Style::Lines(_) if view.phase == Phase::Over => {}
+            Style::Lines(_) | Style::Json(_) if view.phase.is_end() => {}
             Style::Lines(out) => writeln!(
                 out,
                 "vmferry: {}: {} % ({})",
@@ -94,7 +94,6 @@ impl Progress {
                 view.permille / 10,
                 view.details()
             )?,
-            Style::Json(_) if view.phase == Phase::Over => {}
             Style::Json(out) => write_json(out, &progress_object(view))?,
         }
         Ok(())

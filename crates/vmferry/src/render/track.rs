@@ -35,7 +35,9 @@ pub(crate) enum Phase {
     /// Guests wait.
     SwitchOver,
     Cancelling,
-    /// It is over, one way or another.
+    /// The destination has the disks.
+    Completed,
+    /// It is over without that.
     Over,
 }
 
@@ -47,8 +49,16 @@ impl Phase {
             Self::Dirty => "catching up",
             Self::SwitchOver => "switching over",
             Self::Cancelling => "cancelling",
+            Self::Completed => "completed",
             Self::Over => "over",
         }
+    }
+}
+
+impl Phase {
+    /// Nothing follows.
+    pub(crate) fn is_end(self) -> bool {
+        matches!(self, Self::Completed | Self::Over)
     }
 }
 
@@ -88,7 +98,7 @@ impl Track {
         self.pass = self.pass.max(sample.pass);
         let permille = match sample.phase {
             Phase::Setup => 0,
-            Phase::Over | Phase::Cancelling => u64::from(self.permille),
+            Phase::Completed | Phase::Over | Phase::Cancelling => u64::from(self.permille),
             Phase::Bulk | Phase::Dirty | Phase::SwitchOver => {
                 share(self.done_bytes, sample.total_bytes, BULK_OVER_PERMILLE)
             }
@@ -116,7 +126,7 @@ impl Track {
         self.permille = 1000;
         self.done_bytes = sample.total_bytes;
         self.view(&Sample {
-            phase: Phase::Over,
+            phase: Phase::Completed,
             remaining_bytes: 0,
             ..sample.clone()
         })
@@ -138,7 +148,7 @@ fn eta(sample: &Sample) -> Option<Duration> {
         Phase::Dirty => sample
             .bytes_per_second
             .saturating_sub(sample.dirty_bytes_per_second),
-        Phase::Setup | Phase::SwitchOver | Phase::Cancelling | Phase::Over => 0,
+        Phase::Setup | Phase::SwitchOver | Phase::Cancelling | Phase::Completed | Phase::Over => 0,
     };
     (gain > 0 && sample.stall.is_none())
         .then(|| Duration::from_secs(sample.remaining_bytes.div_ceil(gain)))

@@ -23,6 +23,13 @@ pub(crate) fn run(flags: &MigrateFlags) -> Result<Exit, Failure> {
     if flags.check {
         return check(flags, &mut daemon);
     }
+    if matches!(flags.uri, Uri::File { .. }) && !flags.one_way {
+        return Err(
+            Failure::refused(format!("{}: a file cannot answer", flags.uri)).hint(
+                "with --one-way nobody confirms that the disks arrived (see vmferry help migrate)",
+            ),
+        );
+    }
     let mut target = Target::open(&flags.uri)?;
     let uri = target.hand_over(&mut daemon, &flags.daemon.qmp)?;
     daemon.execute("migrate", &arguments(flags, uri))?;
