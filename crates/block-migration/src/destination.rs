@@ -411,3 +411,6 @@ impl Disk {
         })
     }
 }
+
+#[cfg(test)]
+mod tests;

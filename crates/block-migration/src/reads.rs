@@ -238,3 +238,6 @@ pub(crate) fn read_padded(claim: &Claim, buffer: &mut [u8]) -> Result<(), DiskEr
     padding.fill(0);
     claim.read(data)
 }
+
+#[cfg(test)]
+mod tests;

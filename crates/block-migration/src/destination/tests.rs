@@ -1,0 +1,308 @@
+use vmferry_disk::simulated::{Logged, MemoryDisk, Operation as Kind};
+use vmferry_disk::{Hold, Lease, Node};
+use vmferry_stream::{Name, RamRecord};
+
+use super::*;
+
+const MIB: u64 = CHUNK_BYTES;
+
+struct Target {
+    memories: Vec<MemoryDisk>,
+    destination: Destination,
+    _leases: Vec<Lease>,
+}
+
+fn target(lengths: &[u64]) -> Target {
+    let memories: Vec<MemoryDisk> = lengths
+        .iter()
+        .map(|length| MemoryDisk::new(*length))
+        .collect();
+    let lease = |(index, memory): (usize, &MemoryDisk)| {
+        memory.fill(0, &vec![0x55; memory.snapshot().len()]);
+        let node = Node::new(
+            format!("disk{index}"),
+            Box::new(memory.clone()),
+            Hold::Writes,
+        );
+        node.lease("a test").expect("free")
+    };
+    let leases: Vec<Lease> = memories.iter().enumerate().map(lease).collect();
+    let fillers = leases.iter().map(Lease::filler).collect();
+    Target {
+        memories,
+        destination: Destination::without_thread(fillers).expect("good disks"),
+        _leases: leases,
+    }
+}
+
+fn sector(byte: u64) -> Sector {
+    Sector::at_byte(byte).expect("a sector")
+}
+
+fn name(disk: usize) -> Name {
+    Name::new(&format!("disk{disk}")).expect("short")
+}
+
+impl Target {
+    fn zero(&mut self, disk: usize, byte: u64) {
+        self.record(BlockChunk::Zero {
+            sector: sector(byte),
+            device: name(disk),
+        });
+    }
+
+    fn data(&mut self, disk: usize, byte: u64, fill: u8) {
+        self.record(BlockChunk::Data {
+            sector: sector(byte),
+            device: name(disk),
+        });
+        let room = self.destination.payload(MIB as usize).expect("room");
+        room.fill(fill);
+        self.destination.payload_filled().expect("written");
+    }
+
+    fn record(&mut self, chunk: BlockChunk) {
+        self.destination
+            .record(&Record::Block(chunk))
+            .expect("taken");
+    }
+
+    fn end_of_section(&mut self) {
+        self.record(BlockChunk::EndOfSection);
+    }
+
+    fn log(&self, disk: usize) -> Vec<(Kind, u64, u64)> {
+        let entry = |logged: Logged| (logged.operation, logged.offset, logged.length);
+        self.memories[disk].log().into_iter().map(entry).collect()
+    }
+}
+
+#[test]
+fn neighbouring_zero_blocks_are_one_operation() {
+    let mut target = target(&[4 * MIB + 10, 3 * MIB]);
+    for chunk in 0..5 {
+        target.zero(0, chunk * MIB);
+    }
+    assert_eq!(target.log(0), [], "more may come");
+    // Another disk, a gap, and one that was there before: each begins anew.
+    target.zero(1, 0);
+    target.zero(1, 2 * MIB);
+    target.zero(1, 2 * MIB);
+    target.end_of_section();
+    assert_eq!(target.log(0), [(Kind::WriteZeroes, 0, 4 * MIB + 10)]);
+    assert_eq!(
+        target.log(1),
+        [
+            (Kind::WriteZeroes, 0, MIB),
+            (Kind::WriteZeroes, 2 * MIB, MIB),
+            (Kind::WriteZeroes, 2 * MIB, MIB)
+        ]
+    );
+}
+
+#[test]
+fn of_several_frames_of_a_block_the_last_one_wins() {
+    let mut target = target(&[2 * MIB]);
+    target.zero(0, 0);
+    target.data(0, 0, 1);
+    target.zero(0, 0);
+    target.data(0, MIB, 2);
+    target.data(0, 0, 3);
+    target.zero(0, MIB);
+    target.end_of_section();
+    let disk = target.memories[0].snapshot();
+    let (first, second) = disk.split_at(MIB as usize);
+    assert!(first.iter().all(|byte| *byte == 3));
+    assert!(second.iter().all(|byte| *byte == 0));
+    target.destination.end().expect("whole");
+}
+
+#[test]
+fn data_that_is_zero_becomes_a_hole() {
+    let mut target = target(&[MIB]);
+    target.data(0, 0, 0);
+    assert_eq!(target.log(0), [(Kind::WriteZeroes, 0, MIB)]);
+}
+
+#[test]
+fn what_lies_past_the_end_is_dropped() {
+    let mut target = target(&[MIB + 1536, 1]);
+    target.data(0, MIB, 7);
+    target.data(1, 0, 8);
+    assert_eq!(target.log(0), [(Kind::Write, MIB, 1536)]);
+    assert_eq!(target.log(1), [(Kind::Write, 0, 1)]);
+}
+
+/// Ours ends the last block of an odd disk with the disk.
+#[test]
+fn a_block_that_ends_with_the_disk_completes_its_last_chunk() {
+    let mut target = target(&[MIB + 1536]);
+    target.data(0, 1536, 7);
+    let error = target
+        .destination
+        .end()
+        .expect_err("the first is missing")
+        .to_string();
+    assert!(
+        error.contains("1 of 2 blocks never arrived, first at byte 0"),
+        "{error}"
+    );
+    target.data(0, 0, 6);
+    target.destination.end().expect("whole");
+    let disk = target.memories[0].snapshot();
+    assert_eq!(
+        (disk[0], disk[MIB as usize - 1], disk[MIB as usize]),
+        (6, 6, 7)
+    );
+}
+
+#[test]
+fn written_data_is_on_its_way_to_the_medium_before_the_sync() {
+    let mut target = target(&[20 * MIB]);
+    for chunk in 0..20 {
+        target.data(0, chunk * MIB, 1);
+    }
+    assert_eq!(target.memories[0].count(Kind::StartWriteback), 2);
+    assert_eq!(target.memories[0].count(Kind::Flush), 0);
+    target.destination.syncer().sync().expect("synced");
+    assert_eq!(target.memories[0].count(Kind::Flush), 1);
+}
+
+#[test]
+fn every_disk_must_be_whole() {
+    let mut target = target(&[MIB, 70 * MIB]);
+    target.zero(0, 0);
+    for chunk in (0..70).filter(|chunk| *chunk != 66) {
+        target.zero(1, chunk * MIB);
+    }
+    let error = target
+        .destination
+        .end()
+        .expect_err("one is missing")
+        .to_string();
+    let place = format!(
+        "disk 'disk1': 1 of 70 blocks never arrived, first at byte {}",
+        66 * MIB
+    );
+    assert!(error.starts_with(&place), "{error}");
+    assert!(!target.destination.stats().ended.load(Ordering::Relaxed));
+    target.zero(1, 66 * MIB);
+    target.destination.end().expect("whole");
+    assert!(target.destination.stats().ended.load(Ordering::Relaxed));
+}
+
+#[test]
+fn figures_are_those_of_the_disks() {
+    let mut target = target(&[MIB + 1536]);
+    let stats = target.destination.stats();
+    target.data(0, 0, 1);
+    target.data(0, MIB, 1);
+    target.zero(0, MIB);
+    target.record(BlockChunk::Progress { percent: 42 });
+    let arrived = stats.arrived_bytes.load(Ordering::Relaxed);
+    assert_eq!(arrived, MIB + 2 * 1536);
+    assert_eq!(stats.zero_bytes.load(Ordering::Relaxed), 1536);
+    assert_eq!(stats.percent.load(Ordering::Relaxed), 42);
+}
+
+#[test]
+fn what_is_no_block_is_refused() {
+    let mut target = target(&[MIB]);
+    let foreign = Record::Ram(RamRecord::EndOfSection);
+    assert!(target.destination.record(&foreign).is_err());
+    assert!(
+        target.destination.payload(MIB as usize).is_err(),
+        "not announced"
+    );
+    target.record(BlockChunk::Data {
+        sector: sector(0),
+        device: name(0),
+    });
+    assert!(
+        target.destination.payload(4096).is_err(),
+        "of another length"
+    );
+    assert!(target.destination.payload(MIB as usize).is_ok());
+}
+
+#[test]
+fn after_a_failure_nothing_more_is_written() {
+    let mut target = target(&[2 * MIB]);
+    target.memories[0].fail(Kind::Write, 1, 28);
+    target.record(BlockChunk::Data {
+        sector: sector(0),
+        device: name(0),
+    });
+    let room = target.destination.payload(MIB as usize).expect("room");
+    room.fill(9);
+    let error = target
+        .destination
+        .payload_filled()
+        .expect_err("no space")
+        .to_string();
+    assert!(error.contains("disk 'disk0': write at byte 0"), "{error}");
+    let next = Record::Block(BlockChunk::Zero {
+        sector: sector(MIB),
+        device: name(0),
+    });
+    assert_eq!(
+        target
+            .destination
+            .record(&next)
+            .expect_err("no space")
+            .to_string(),
+        error
+    );
+    assert_eq!(
+        target
+            .destination
+            .syncer()
+            .sync()
+            .expect_err("no space")
+            .to_string(),
+        error
+    );
+    assert!(
+        target.memories[0]
+            .snapshot()
+            .iter()
+            .all(|byte| *byte == 0x55)
+    );
+    assert_eq!(target.memories[0].count(Kind::Flush), 0);
+}
+
+/// The same with its thread, which must let waiters go and give buffers back.
+#[test]
+fn a_thread_that_has_failed_takes_everything_and_writes_nothing() {
+    let memory = MemoryDisk::new(100 * MIB);
+    memory.fail_from(Kind::Write, 1, 5);
+    let node = Node::new("disk0", Box::new(memory.clone()), Hold::Writes);
+    let lease = node.lease("a test").expect("free");
+    let mut destination = Destination::new(vec![lease.filler()]).expect("a good disk");
+    let syncer = destination.syncer();
+    let mut failure = None;
+    for chunk in 0..100 {
+        let record = Record::Block(BlockChunk::Data {
+            sector: sector(chunk * MIB),
+            device: name(0),
+        });
+        let filled = destination.record(&record).and_then(|()| {
+            destination.payload(MIB as usize)?.fill(1);
+            destination.payload_filled()
+        });
+        if let Err(error) = filled {
+            failure = Some(error.to_string());
+            break;
+        }
+    }
+    let failure = failure.expect("noticed before the buffers are used up for ever");
+    assert!(
+        failure.contains("disk 'disk0': write at byte 0"),
+        "{failure}"
+    );
+    assert_eq!(syncer.sync().expect_err("failed").to_string(), failure);
+    drop(destination);
+    assert!(syncer.sync().is_err(), "nobody works any more");
+    assert_eq!(memory.count(Kind::Write), 1);
+    assert_eq!(memory.count(Kind::Flush), 0);
+}
