@@ -420,6 +420,57 @@ fn our_own_stream_truncated() {
     }
 }
 
+/// Seeded damage to a good stream: an error or a whole disk, never a panic, never a hang, and never
+/// guests on a disk that is not whole.
+#[test]
+fn a_damaged_stream_is_refused_or_harmless() {
+    let mut rng = rng();
+    let pieces = [
+        part(&[zero(0, "disk0"), zero(2048, "disk0")]),
+        end(&[word(100, 4)]),
+    ];
+    let whole = stream(&pieces);
+    let rounds = match std::env::var_os("VMFERRY_LONG") {
+        Some(_) => 20_000,
+        None => 1000,
+    };
+    let mut refused = 0;
+    for _ in 0..rounds {
+        let mut bytes = whole.clone();
+        for _ in 0..rng.usize(1..4) {
+            let at = rng.usize(..bytes.len());
+            match rng.u8(..5) {
+                0 => bytes[at] = rng.u8(..),
+                1 => bytes[at] ^= 1 << rng.u8(..8),
+                2 => bytes.insert(at, rng.u8(..)),
+                3 => drop(bytes.remove(at)),
+                _ => bytes.rotate_left(at),
+            }
+        }
+        let host = target();
+        let answer = feed(&host, &bytes);
+        let shut = answer.messages.last();
+        match &answer.received {
+            Ok(_) => {
+                assert!(
+                    host.memories[0]
+                        .durable_snapshot()
+                        .iter()
+                        .all(|byte| *byte == 0)
+                );
+                assert_ne!(shut, Some(&ReturnMessage::Shut(1)));
+            }
+            Err(error) => {
+                refused += 1;
+                assert!(!error.to_string().contains('\n'), "{error}");
+                assert!(host.all_held(Some(Hold::Writes)));
+                assert_ne!(shut, Some(&ReturnMessage::Shut(0)));
+            }
+        }
+    }
+    assert!(refused > rounds / 2);
+}
+
 #[test]
 fn a_target_that_cannot_be_filled_is_refused() {
     let read_only = MemoryDisk::with_limits(Limits {

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex};
 
 use vmferry_disk::simulated::MemoryDisk;
-use vmferry_migration::{Capabilities, Parameters, State};
+use vmferry_migration::{Capabilities, Parameters, RecordFile, Residence, State};
 use vmferry_stream::return_path::ReturnMessage;
 
 use crate::ends::{Host, rng, start_destination, start_source, wait};
@@ -19,8 +19,14 @@ fn shut_0_means_durable() {
         let target = Host::target(&lengths);
         let crashed = Arc::new(Mutex::new(None));
         let (memories, seen) = (target.memories.clone(), Arc::clone(&crashed));
+        let records = target.records.clone();
         let (here, there, threads) = relay(Cut::Never, move |message| {
             if *message == ReturnMessage::Shut(0) {
+                // Whoever restarts it now serves the disks: the source gives them up.
+                let says = |record: &RecordFile| record.read().expect("readable");
+                let arrived =
+                    |record| says(record).map(|r| r.residence) == Some(Residence::Arrived);
+                assert!(records.iter().all(arrived), "written down");
                 let left = memories.iter().map(|disk| {
                     disk.crash();
                     disk.snapshot()
