@@ -8,6 +8,7 @@ mod commands;
 mod disks;
 mod exit;
 mod flags;
+mod output;
 mod render;
 mod signals;
 
@@ -25,7 +26,7 @@ fn main() -> ExitCode {
     match run(cli) {
         Ok(exit) => exit.into(),
         Err(failure) => {
-            failure.report(&mut io::stderr());
+            failure.report(&mut output::stderr());
             failure.exit.into()
         }
     }

@@ -1,17 +1,18 @@
 //! `vmferry completions`: what a shell can complete.
 
-use std::io::{self, Write};
+use std::io::Write;
 
 use clap::CommandFactory;
 use clap_complete::Shell;
 
 use crate::exit::{Exit, Failure};
 use crate::flags::Cli;
+use crate::output;
 
 pub(crate) fn run(shell: Shell) -> Result<Exit, Failure> {
     let mut script = Vec::new();
     clap_complete::generate(shell, &mut Cli::command(), "vmferry", &mut script);
-    io::stdout().write_all(&script)?;
+    output::stdout().write_all(&script)?;
     Ok(Exit::Whole)
 }
 

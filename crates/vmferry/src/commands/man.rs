@@ -10,10 +10,11 @@ use clap_mangen::Man;
 
 use crate::exit::{Exit, Failure};
 use crate::flags::Cli;
+use crate::output;
 
 pub(crate) fn run(dir: Option<&Path>) -> Result<Exit, Failure> {
     match dir {
-        None => io::stdout().write_all(&page(Cli::command())?)?,
+        None => output::stdout().write_all(&page(Cli::command())?)?,
         Some(dir) => {
             for (name, page) in pages()? {
                 let path = dir.join(name);

@@ -19,6 +19,7 @@ use crate::disks::{self, MadeFiles, OpenDisks, Past, Purpose};
 use crate::exit::{Exit, Failure};
 use crate::flags::ReceiveFlags;
 use crate::flags::disk::DiskFlag;
+use crate::output::{self, Out};
 use crate::render::{self, Phase, Progress, Sample};
 use crate::signals::Signals;
 
@@ -259,10 +260,8 @@ impl Report<'_> {
         if self.flags.json {
             return self.object(&render::listening("incoming", address));
         }
-        writeln!(
-            io::stderr(),
-            "vmferry: waiting for a migration at {address}"
-        )
+        output::say(&format!("waiting for a migration at {address}"));
+        Ok(())
     }
 
     fn arrived(
@@ -301,14 +300,14 @@ impl Report<'_> {
     }
 
     fn object(&self, object: &Value) -> io::Result<()> {
-        render::write_json(&mut *self.out(), object)
+        render::write_json(&mut self.out(), object)
     }
 
     /// Standard output, unless the way back to the source may be there.
-    fn out(&self) -> Box<dyn Write> {
+    fn out(&self) -> Out {
         match self.flags.uri {
-            Uri::Stdio | Uri::Fd(1) => Box::new(io::stderr()),
-            _ => Box::new(io::stdout()),
+            Uri::Stdio | Uri::Fd(1) => output::stderr(),
+            _ => output::stdout(),
         }
     }
 }

@@ -1,7 +1,7 @@
 //! `vmferry serve`: the storage daemon.
 
 use std::fs;
-use std::io::{self, Write};
+use std::io;
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::thread;
@@ -19,6 +19,7 @@ use crate::exit::{Exit, Failure};
 use crate::flags::ServeFlags;
 use crate::flags::disk::DiskFlag;
 use crate::flags::incoming::IncomingFlag;
+use crate::output;
 use crate::render;
 use crate::signals::Signals;
 
@@ -278,18 +279,16 @@ fn report(flags: &ServeFlags, what: &'static str, address: &Uri) -> io::Result<(
             "qmp" => "control (QMP)",
             _ => "a migration",
         };
-        return writeln!(
-            io::stderr(),
-            "vmferry: listening for {for_whom} at {address}"
-        );
+        output::say(&format!("listening for {for_whom} at {address}"));
+        return Ok(());
     }
     let object = render::listening(what, address);
     match flags.incoming {
         // Standard output is the way back to the source.
         Some(IncomingFlag::At(Uri::Stdio | Uri::Fd(1))) => {
-            render::write_json(&mut io::stderr(), &object)
+            render::write_json(&mut output::stderr(), &object)
         }
-        _ => render::write_json(&mut io::stdout(), &object),
+        _ => render::write_json(&mut output::stdout(), &object),
     }
 }
 

@@ -3,6 +3,7 @@
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::track::View;
+use crate::output;
 
 /// Draws itself over on standard error; what is drawn last stays.
 pub(crate) struct Bar {
@@ -31,7 +32,7 @@ impl Bar {
 
     /// Print a line above the bar.
     pub(crate) fn note(&self, text: &str) {
-        self.bar.suspend(|| eprintln!("vmferry: {text}"));
+        self.bar.suspend(|| output::say(text));
     }
 }
 

@@ -12,6 +12,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use vmferry_channel::Uri;
 
+use crate::output;
 pub(crate) use outcome::{Outcome, Summary};
 pub(crate) use status::status;
 pub(crate) use track::{Phase, Sample};
@@ -42,7 +43,7 @@ impl Progress {
         let style = match json {
             Some(out) => Style::Json(out),
             None if io::stderr().is_terminal() => Style::Bar(bar::Bar::new()),
-            None => Style::Lines(Box::new(io::stderr())),
+            None => Style::Lines(Box::new(output::stderr())),
         };
         Self {
             track: Track::default(),
@@ -67,7 +68,7 @@ impl Progress {
     pub(crate) fn note(&self, text: &str) {
         match &self.style {
             Style::Bar(bar) => bar.note(text),
-            Style::Lines(_) | Style::Json(_) => eprintln!("vmferry: {text}"),
+            Style::Lines(_) | Style::Json(_) => output::say(text),
         }
     }
 

@@ -7,7 +7,7 @@ mod host;
 mod load;
 
 use std::fs::File;
-use std::io::{self, Write};
+use std::io::Write;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -22,6 +22,7 @@ use super::daemon::Daemon;
 use super::watch::{Watched, watch};
 use crate::exit::{Exit, Failure};
 use crate::flags::{DemoFlags, LogFlags};
+use crate::output;
 use crate::render::{self, Outcome, Progress, Summary};
 use crate::signals::Signals;
 use content::{BLOCK_BYTES, Log};
@@ -53,7 +54,7 @@ pub(crate) fn run(flags: &DemoFlags, log: LogFlags) -> Result<Exit, Failure> {
     let seed = flags.seed.unwrap_or_else(|| fastrand::u64(..));
     let tell = |text: &str| {
         if !flags.json {
-            eprintln!("vmferry: {text}");
+            output::say(text);
         }
     };
     let folder = Folder::new()?;
@@ -100,9 +101,9 @@ pub(crate) fn run(flags: &DemoFlags, log: LogFlags) -> Result<Exit, Failure> {
         written,
     };
     if flags.json {
-        render::write_json(&mut io::stdout(), &result.object())?;
+        render::write_json(&mut output::stdout(), &result.object())?;
     } else {
-        io::stdout().write_all(result.text().as_bytes())?;
+        output::stdout().write_all(result.text().as_bytes())?;
     }
     Ok(Exit::Whole)
 }
@@ -154,7 +155,7 @@ fn migrate(
             ..Migrate::default()
         },
     )?;
-    let out: Option<Box<dyn Write>> = json.then(|| Box::new(io::stdout()) as Box<dyn Write>);
+    let out: Option<Box<dyn Write>> = json.then(|| Box::new(output::stdout()) as Box<dyn Write>);
     match watch(&mut daemon, signals, &mut Progress::new(out))? {
         Watched::Over(Outcome::Completed(summary)) => Ok(summary),
         Watched::Over(outcome) => match outcome.into_result() {

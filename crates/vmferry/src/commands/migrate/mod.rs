@@ -11,6 +11,7 @@ use super::daemon::Daemon;
 use super::watch::{Watched, watch};
 use crate::exit::{Exit, Failure};
 use crate::flags::MigrateFlags;
+use crate::output::{self, Out};
 use crate::render::{self, Outcome, Progress};
 use crate::signals::Signals;
 use target::Target;
@@ -55,7 +56,7 @@ fn check(flags: &MigrateFlags, daemon: &mut Daemon) -> Result<Exit, Failure> {
         &arguments(flags, target::as_daemon_sees(&flags.uri)?.to_string()),
     )?;
     if flags.json {
-        render::write_json(&mut *out(flags), &serde_json::json!({"event": "checked"}))?;
+        render::write_json(&mut out(flags), &serde_json::json!({"event": "checked"}))?;
     } else {
         writeln!(out(flags), "nothing stands in the way")?;
     }
@@ -74,7 +75,7 @@ fn arguments(flags: &MigrateFlags, uri: String) -> Migrate {
 
 fn report(flags: &MigrateFlags, outcome: &Outcome) -> io::Result<()> {
     if flags.json {
-        return render::write_json(&mut *out(flags), &outcome.object());
+        return render::write_json(&mut out(flags), &outcome.object());
     }
     match outcome {
         Outcome::Completed(summary) => writeln!(out(flags), "completed: {}", summary.line()),
@@ -84,13 +85,13 @@ fn report(flags: &MigrateFlags, outcome: &Outcome) -> io::Result<()> {
 }
 
 fn json_out(flags: &MigrateFlags) -> Option<Box<dyn Write>> {
-    flags.json.then(|| out(flags))
+    flags.json.then(|| Box::new(out(flags)) as Box<dyn Write>)
 }
 
 /// Where reports go: standard output, unless that carries the stream.
-fn out(flags: &MigrateFlags) -> Box<dyn Write> {
+fn out(flags: &MigrateFlags) -> Out {
     match flags.uri {
-        Uri::Stdio | Uri::Fd(1) => Box::new(io::stderr()),
-        _ => Box::new(io::stdout()),
+        Uri::Stdio | Uri::Fd(1) => output::stderr(),
+        _ => output::stdout(),
     }
 }
