@@ -14,7 +14,7 @@ use crate::output;
 
 pub(crate) fn run(dir: Option<&Path>) -> Result<Exit, Failure> {
     match dir {
-        None => output::stdout().write_all(&page(Cli::command())?)?,
+        None => output::stdout().write_all(&page(program())?)?,
         Some(dir) => {
             for (name, page) in pages()? {
                 let path = dir.join(name);
@@ -26,28 +26,60 @@ pub(crate) fn run(dir: Option<&Path>) -> Result<Exit, Failure> {
 }
 
 fn page(command: Command) -> io::Result<Vec<u8>> {
+    let closing = command.get_after_long_help().map(ToString::to_string);
+    let has_commands = command.has_subcommands();
+    let man = Man::new(command).manual("vmferry");
     let mut page = Vec::new();
-    Man::new(command).manual("vmferry").render(&mut page)?;
+    man.render_title(&mut page)?;
+    man.render_name_section(&mut page)?;
+    man.render_synopsis_section(&mut page)?;
+    man.render_description_section(&mut page)?;
+    man.render_options_section(&mut page)?;
+    if has_commands {
+        man.render_subcommands_section(&mut page)?;
+    }
+    if let Some(text) = closing {
+        page.extend(closing_section(&text).into_bytes());
+    }
+    man.render_version_section(&mut page)?;
     Ok(page)
+}
+
+/// Examples and tables are shown line by line, as in `--help`.
+fn closing_section(text: &str) -> String {
+    let (title, text) = match text.strip_prefix("Examples:\n") {
+        Some(examples) => ("EXAMPLES", examples),
+        None => ("NOTES", text),
+    };
+    let mut section = format!(".SH {title}\n.nf\n");
+    for line in text.lines() {
+        let line = line.replace('\\', "\\e").replace('-', "\\-");
+        // A dot or a quote at the start would be a request.
+        let guard = if line.starts_with(['.', '\'']) {
+            "\\&"
+        } else {
+            ""
+        };
+        section += &format!("{guard}{line}\n");
+    }
+    section + ".fi\n"
 }
 
 /// `vmferry.1`, and `vmferry-COMMAND.1` for each command.
 fn pages() -> io::Result<Vec<(String, Vec<u8>)>> {
-    let mut program = Cli::command();
+    let mut program = program();
     program.build();
-    let mut pages = vec![("vmferry.1".to_owned(), page(Cli::command())?)];
-    for command in program
-        .get_subcommands()
-        .filter(|command| command.get_name() != "help")
-    {
+    let mut pages = vec![("vmferry.1".to_owned(), page(program.clone())?)];
+    for command in program.get_subcommands() {
         let name = format!("vmferry-{}", command.get_name());
-        let command = command
-            .clone()
-            .display_name(name.clone())
-            .disable_help_subcommand(true);
+        let command = command.clone().display_name(name.clone());
         pages.push((format!("{name}.1"), page(command)?));
     }
     Ok(pages)
+}
+
+fn program() -> Command {
+    Cli::command().disable_help_subcommand(true)
 }
 
 #[cfg(test)]
@@ -63,7 +95,7 @@ mod tests {
             let name = format!("vmferry-{}.1", command.get_name());
             let (_, page) = pages.iter().find(|(page, _)| *page == name).unwrap();
             let page = String::from_utf8(page.clone()).unwrap().replace('\\', "");
-            assert!(page.contains("Examples:"), "{name}");
+            assert!(page.contains(".SH EXAMPLES"), "{name}");
             for option in command
                 .get_arguments()
                 .filter_map(|option| option.get_long())
@@ -71,5 +103,13 @@ mod tests {
                 assert!(page.contains(&format!("--{option}")), "{name} --{option}");
             }
         }
+    }
+
+    #[test]
+    fn lines_stay_as_they_are() {
+        assert_eq!(
+            closing_section("Examples:\n  a --b \\\n.c"),
+            ".SH EXAMPLES\n.nf\n  a \\-\\-b \\e\n\\&.c\n.fi\n"
+        );
     }
 }
