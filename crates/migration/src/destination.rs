@@ -27,8 +27,8 @@ use vmferry_savevm::{
 use vmferry_stream::return_path::ReturnMessage;
 use vmferry_stream::{Command, Ending, InstanceId, Name, Record as StreamRecord};
 
+use crate::engine::{HELLO, HELLO_ANSWER};
 use crate::record::{RecordError, RecordFile, Residence};
-use crate::source::{HELLO, HELLO_ANSWER};
 use crate::status::{Published, State};
 
 /// How long a source may take to send header and configuration.

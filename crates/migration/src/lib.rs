@@ -5,6 +5,7 @@
 
 mod convergence;
 mod destination;
+mod engine;
 mod hand_over;
 mod parameters;
 mod record;
@@ -13,6 +14,7 @@ mod return_path;
 mod sink;
 mod source;
 mod status;
+mod watch;
 
 pub use destination::{
     Arrived, DestinationDisk, DestinationFailure, DestinationJob, Rest, receive,
