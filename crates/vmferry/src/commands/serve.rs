@@ -312,3 +312,104 @@ fn notify(state: &[NotifyState<'_>]) {
         tracing::warn!("cannot notify systemd: {error}");
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+    use tempfile::TempDir;
+
+    use super::*;
+    use crate::flags::{Cli, Command};
+
+    /// `serve` with these options, where `@` is the folder.
+    fn flags(folder: &TempDir, options: &str) -> ServeFlags {
+        let options = options.replace('@', &folder.path().display().to_string());
+        let line = format!("vmferry serve {options}");
+        match Cli::try_parse_from(line.split_whitespace()).map(|cli| cli.command) {
+            Ok(Command::Serve(flags)) => flags,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn starts(folder: &TempDir, options: &str) -> Result<Vec<Start>, Exit> {
+        let flags = flags(folder, options);
+        let waits = flags.incoming.is_some();
+        check(&flags, waits)
+            .and_then(|()| plans(&flags, waits))
+            .map(|plans| plans.iter().map(|plan| plan.start).collect())
+            .map_err(|failure| failure.exit)
+    }
+
+    #[test]
+    fn records_say_how_disks_begin() {
+        let folder = tempfile::tempdir().unwrap();
+        let record = RecordFile::new("a", &folder.path().join("a"), None);
+        let both = "--disk a=@/a --disk b=@/b";
+        assert_eq!(starts(&folder, both), Ok(vec![Start::Live; 2]));
+        record.write(Residence::Leaving, "peer").unwrap();
+        assert_eq!(
+            starts(&folder, both),
+            Ok(vec![Start::Undecided, Start::Live])
+        );
+        record.write(Residence::Moved, "peer").unwrap();
+        assert_eq!(starts(&folder, both), Err(Exit::Refused));
+        assert_eq!(
+            starts(&folder, &format!("{both} --take-back a")),
+            Ok(vec![Start::Live; 2])
+        );
+        record.write(Residence::Incoming, "peer").unwrap();
+        assert_eq!(starts(&folder, both), Err(Exit::Refused));
+        let waiting = format!("{both} --incoming defer");
+        assert_eq!(starts(&folder, &waiting), Ok(vec![Start::Waiting; 2]));
+    }
+
+    #[test]
+    fn a_read_only_disk_stays_where_it_is() {
+        let folder = tempfile::tempdir().unwrap();
+        let options = "--disk cd=@/cd,readonly=on --disk a=@/a --incoming defer";
+        assert_eq!(
+            starts(&folder, options),
+            Ok(vec![Start::Live, Start::Waiting])
+        );
+        let alone = "--disk cd=@/cd,readonly=on --incoming defer";
+        assert_eq!(starts(&folder, alone), Err(Exit::Usage));
+    }
+
+    #[test]
+    fn a_command_line_that_makes_no_sense_is_refused_before_anything_is_opened() {
+        let folder = tempfile::tempdir().unwrap();
+        for options in [
+            "--disk a=@/a --disk a=@/b",
+            "--disk a=@/a --take-back b",
+            "--disk a=@/a,overwrite=on",
+            "--disk a=@/a --state-dir @/none",
+        ] {
+            assert_eq!(starts(&folder, options), Err(Exit::Usage), "{options}");
+        }
+        assert!(starts(&folder, "--disk a=@/a,overwrite=on --incoming defer").is_ok());
+    }
+
+    #[test]
+    fn records_are_kept_in_the_state_folder() {
+        let folder = tempfile::tempdir().unwrap();
+        let state = folder.path().join("state");
+        fs::create_dir(&state).unwrap();
+        RecordFile::new("a", Path::new("x"), Some(&state))
+            .write(Residence::Moved, "p")
+            .unwrap();
+        assert_eq!(starts(&folder, "--disk a=@/a"), Ok(vec![Start::Live]));
+        assert_eq!(
+            starts(&folder, "--disk a=@/a --state-dir @/state"),
+            Err(Exit::Refused)
+        );
+    }
+
+    #[test]
+    fn nobody_connects_to_a_command_or_a_file() {
+        for address in ["exec:true", "file:x", "-"] {
+            let failure = listen("--nbd", &address.parse().unwrap()).unwrap_err();
+            assert_eq!(failure.exit, Exit::Usage, "{address}");
+        }
+        assert!(listen("--nbd", &"tcp:127.0.0.1:0".parse().unwrap()).is_ok());
+    }
+}

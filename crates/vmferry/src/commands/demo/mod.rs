@@ -32,6 +32,8 @@ use load::{Load, Plan, Shared};
 
 /// Smallest disk, so that there is something to see.
 const SMALLEST_BYTES: u64 = 16 << 20;
+/// Largest disk: the log of its writes takes 1 GiB of memory.
+const LARGEST_BYTES: u64 = 1 << 40;
 /// The writers update this share of the disk, ...
 const HOT_SHARE: u64 = 64;
 /// ... but not more than this. All of it is dirty at any time, for dirty chunks have 1 MiB, so it
@@ -45,9 +47,10 @@ const PIECE_BYTES: usize = 1 << 20;
 
 pub(crate) fn run(flags: &DemoFlags, log: LogFlags) -> Result<Exit, Failure> {
     let size = flags.size.bytes;
-    if size < SMALLEST_BYTES || !size.is_multiple_of(PIECE_BYTES as u64) {
+    let is_whole = size.is_multiple_of(PIECE_BYTES as u64);
+    if !is_whole || !(SMALLEST_BYTES..=LARGEST_BYTES).contains(&size) {
         return Err(Failure::usage(
-            "the demo's disk is a whole number of MiB, at least 16MiB",
+            "the demo's disk is a whole number of MiB, from 16MiB to 1TiB",
         ));
     }
     let signals = Signals::new()?;
@@ -61,11 +64,11 @@ pub(crate) fn run(flags: &DemoFlags, log: LogFlags) -> Result<Exit, Failure> {
 
     tell(&format!("filling a disk of {} (--seed {seed})", flags.size));
     let contents = Log::new(seed, size / BLOCK_BYTES as u64);
-    fill(&contents, &folder)?;
+    fill(&contents, &folder, &signals)?;
 
     tell("starting two daemons, and four writers at the first one");
     let target = format!(",create=on,size={size}");
-    let source = Host::start("source", folder.path(), "", false, log)?;
+    let source = Host::start("source", folder.path(), ",format=raw", false, log)?;
     let destination = Host::start("destination", folder.path(), &target, true, log)?;
     let hot = hot_blocks(size);
     let plan = Plan {
@@ -87,7 +90,7 @@ pub(crate) fn run(flags: &DemoFlags, log: LogFlags) -> Result<Exit, Failure> {
     load.finish().context("the writers")?;
 
     tell("reading back every block at the destination");
-    verify(&shared, &destination)?;
+    verify(&shared, &destination, &signals)?;
     source.end()?;
     destination.end()?;
     let result = Results {
@@ -118,11 +121,12 @@ fn hot_blocks(size: u64) -> std::ops::Range<u64> {
     start / BLOCK_BYTES as u64..(start + length) / BLOCK_BYTES as u64
 }
 
-fn fill(contents: &Log, folder: &Folder) -> anyhow::Result<()> {
+fn fill(contents: &Log, folder: &Folder, signals: &Signals) -> Result<(), Failure> {
     let path = folder.path().join("source.raw");
     let mut file = File::create_new(&path).with_context(|| format!("create {}", path.display()))?;
     let mut piece = vec![0; PIECE_BYTES];
     for first in (0..contents.blocks()).step_by(PIECE_BYTES / BLOCK_BYTES) {
+        wait(signals, Duration::ZERO)?;
         contents.first_content(first, &mut piece);
         file.write_all(&piece)
             .with_context(|| format!("write {}", path.display()))?;
@@ -170,18 +174,22 @@ fn migrate(
 }
 
 /// Read the whole disk through NBD and compare it with the log.
-fn verify(shared: &Shared, destination: &Host) -> anyhow::Result<()> {
+fn verify(shared: &Shared, destination: &Host, signals: &Signals) -> Result<(), Failure> {
     let stop = Stop::new()?;
-    let mut client = Client::connect(&destination.nbd, &ClientSettings::default(), &stop)?;
+    let mut client = Client::connect(&destination.nbd, &ClientSettings::default(), &stop)
+        .context("the destination")?;
     let mut piece = vec![0; PIECE_BYTES];
     for first in (0..shared.log.blocks()).step_by(PIECE_BYTES / BLOCK_BYTES) {
-        client.read(first * BLOCK_BYTES as u64, &mut piece)?;
+        wait(signals, Duration::ZERO)?;
+        client
+            .read(first * BLOCK_BYTES as u64, &mut piece)
+            .context("the destination")?;
         shared
             .log
             .check(first, &piece)
             .context("a write was lost")?;
     }
-    client.disconnect()?;
+    client.disconnect().context("the destination")?;
     Ok(())
 }
 
