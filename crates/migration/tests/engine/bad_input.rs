@@ -142,7 +142,7 @@ fn target() -> Host {
 fn refused(host: &Host, answer: &Answer, words: &str) {
     let error = answer.received.as_ref().expect_err(words).to_string();
     assert!(error.contains(words), "{error:?} does not say {words:?}");
-    assert!(!error.contains('\n'), "{error:?}");
+    assert!(!error.contains(char::is_control), "{error:?}");
     assert!(host.all_held(Some(Hold::Writes)), "{words}");
     assert!(host.nodes.iter().all(|node| node.user().is_none()));
 }
@@ -240,6 +240,11 @@ fn a_bad_middle_is_refused_and_the_source_is_told() {
             "disk 'disk9', which is not here (disks here: 'disk0')",
         ),
         (vec![part(&[zero(0, "")])], "-blockdev"),
+        (
+            vec![part(&[zero(0, "a\nb\u{1b}[2J\u{9b}")])],
+            "'a\\nb\\u{1b}[2J\\u{9b}'",
+        ),
+        (vec![named(4, 7, "a\r\nb", 2)], "'a\\r\\nb'"),
         (vec![part(&[zero(0, &long)])], &format!("disk '{long}'")),
         (
             vec![part(&[zero(4096, "disk0")])],
@@ -462,7 +467,7 @@ fn a_damaged_stream_is_refused_or_harmless() {
             }
             Err(error) => {
                 refused += 1;
-                assert!(!error.to_string().contains('\n'), "{error}");
+                assert!(!error.to_string().contains(char::is_control), "{error:?}");
                 assert!(host.all_held(Some(Hold::Writes)));
                 assert_ne!(shut, Some(&ReturnMessage::Shut(0)));
             }
