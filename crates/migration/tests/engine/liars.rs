@@ -254,6 +254,26 @@ fn a_closed_connection_before_eof_is_a_failure() {
     fails_with(&host, running, "clos");
 }
 
+/// The EOF may find the connection closed, or a kernel that takes it all the same.
+#[test]
+fn a_connection_that_closes_behind_the_barrier_leaves_nothing_in_doubt_or_all_held() {
+    for _ in 0..20 {
+        let (host, running, mut liar) = begin();
+        liar.answer_until(Said::Ping(BARRIER));
+        liar.say(&ReturnMessage::Pong(BARRIER));
+        liar.close();
+        let status = wait(&running);
+        if status.undecided {
+            assert!(host.all_held(Some(Hold::Everything)));
+            assert_eq!(host.says(), [Some(Residence::Leaving); 2]);
+            running.decide(Decision::Serve).expect("undecided");
+            wait_for(&running, |status| status.state.is_over());
+        }
+        assert_eq!(running.published().get().state, State::Failed);
+        is_as_before(&host, running);
+    }
+}
+
 /// After EOF nobody but a person knows.
 #[test]
 fn what_is_no_answer_is_undecided() {
