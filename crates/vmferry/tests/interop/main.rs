@@ -3,5 +3,12 @@
 #[path = "../peers/mod.rs"]
 mod peers;
 
+mod channels;
+mod control;
+mod ends;
+mod exports;
+mod guest_disk;
+mod hosts;
+mod outgoing;
 mod qemu;
 mod receive;

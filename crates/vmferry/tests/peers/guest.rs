@@ -46,6 +46,23 @@ impl Guest {
     /// A host for it, the first time where it boots and later where it goes next, with its disk, which is called
     /// `disk0`; `None` if the guest or this QEMU is not there. With `churn` its memory changes at each tick.
     pub(crate) fn host(&mut self, version: Version, disk: &Path, churn: bool) -> Option<Machine> {
+        Some(self.diskless(version, churn)?.disk("disk0", disk))
+    }
+
+    /// The same with a disk that is an NBD export. QEMU waits half a minute for a server that is gone, and stops the guest
+    /// at an error instead of telling it.
+    pub(crate) fn host_on_export(&mut self, socket: &Path, export: &str) -> Option<Machine> {
+        let server = format!(
+            "file.server.type=unix,file.server.path={}",
+            socket.display()
+        );
+        let node = format!("file.driver=nbd,file.export={export},{server},file.reconnect-delay=30");
+        let drive = format!("{node},format=raw,if=virtio,id=disk0,werror=stop,rerror=stop");
+        let machine = self.diskless(Version::V10_0, false)?;
+        Some(machine.args(["-drive", &drive]))
+    }
+
+    fn diskless(&mut self, version: Version, churn: bool) -> Option<Machine> {
         let kernel = find("VMFERRY_GUEST_KERNEL", "the Linux guest")?;
         let initrd = find("VMFERRY_GUEST_INITRD", "the Linux guest")?;
         let machine = Machine::new(version)?;
@@ -70,7 +87,7 @@ impl Guest {
             "-append",
             line,
         ]);
-        Some(machine.args(["-serial", &serial]).disk("disk0", disk))
+        Some(machine.args(["-serial", &serial]))
     }
 
     /// All whole lines so far: a move may cut a line, whose rest the next host prints.
@@ -92,7 +109,9 @@ impl Guest {
     pub(crate) fn ticks(&self) -> Vec<Tick> {
         let text = self.text();
         assert!(
-            !text.contains("FAILED") && !text.contains("Kernel panic"),
+            ["FAILED", "Kernel panic", "I/O error", "rejecting I/O"]
+                .iter()
+                .all(|trouble| !text.contains(trouble)),
             "the guest is unwell: {text}"
         );
         let ticks: Vec<Tick> = text.lines().filter_map(parse).collect();

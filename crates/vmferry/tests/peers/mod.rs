@@ -9,7 +9,9 @@ pub(crate) mod guest;
 pub(crate) mod nbd;
 pub(crate) mod qemu;
 pub(crate) mod qmp;
+pub(crate) mod serve;
 pub(crate) mod vmferry;
+pub(crate) mod writer;
 
 use std::ffi::OsString;
 use std::path::PathBuf;

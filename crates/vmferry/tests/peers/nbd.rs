@@ -27,6 +27,28 @@ pub(crate) fn tool(name: &str) -> Option<PathBuf> {
     found
 }
 
+/// Runs a program to its end, which must be a good one; what it printed. `None` if it is not there.
+pub(crate) fn run_tool<'a>(name: &str, args: impl IntoIterator<Item = &'a str>) -> Option<String> {
+    let outcome = try_tool(name, args)?;
+    Some(outcome.unwrap_or_else(|said| panic!("{name} failed: {said}")))
+}
+
+/// Runs a program to its end; what it printed, as an error if it says that it failed. `None` if it is not there.
+pub(crate) fn try_tool<'a>(
+    name: &str,
+    args: impl IntoIterator<Item = &'a str>,
+) -> Option<Result<String, String>> {
+    let mut command = Command::new(tool(name)?);
+    let output = command.args(args).stdin(Stdio::null()).output();
+    let output = output.expect("the program can be run");
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    if output.status.success() {
+        return Some(Ok(said));
+    }
+    let errors = String::from_utf8_lossy(&output.stderr);
+    Some(Err(format!("{}: {errors}{said}", output.status)))
+}
+
 /// `fio` with its `nbd` engine against one export.
 pub(crate) struct Fio {
     child: Child,
@@ -34,19 +56,25 @@ pub(crate) struct Fio {
 
 impl Fio {
     /// Starts one job with these options (`rw=randwrite`, `size=64m`, …); `None` if fio is not there.
-    pub(crate) fn start<const N: usize>(uri: &str, options: [&str; N]) -> Option<Self> {
+    pub(crate) fn start<'a>(uri: &str, options: impl IntoIterator<Item = &'a str>) -> Option<Self> {
+        Self::spawn(&["--ioengine=nbd", &format!("--uri={uri}")], options)
+    }
+
+    /// The same on a file.
+    pub(crate) fn on_file<'a>(
+        path: &Path,
+        options: impl IntoIterator<Item = &'a str>,
+    ) -> Option<Self> {
+        let file = format!("--filename={}", path.display());
+        Self::spawn(&["--ioengine=psync", &file], options)
+    }
+
+    fn spawn<'a>(engine: &[&str], options: impl IntoIterator<Item = &'a str>) -> Option<Self> {
         let mut command = Command::new(tool("fio")?);
-        command.args([
-            "--name=load",
-            "--ioengine=nbd",
-            "--thread",
-            "--output-format=json",
-        ]);
+        command.args(["--name=load", "--thread", "--output-format=json"]);
         // Else it leaves a file in the current folder.
-        command
-            .arg("--verify_state_save=0")
-            .arg(format!("--uri={uri}"));
-        command.args(options.map(|option| format!("--{option}")));
+        command.arg("--verify_state_save=0").args(engine);
+        command.args(options.into_iter().map(|option| format!("--{option}")));
         command
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -57,6 +85,15 @@ impl Fio {
 
     /// Waits for its end, which must be a good one; the report of its job.
     pub(crate) fn finish(self) -> Value {
+        self.end(true)
+    }
+
+    /// Waits for its end, which must be a bad one because its disk is gone; the report of its job.
+    pub(crate) fn interrupted(self) -> Value {
+        self.end(false)
+    }
+
+    fn end(self, well: bool) -> Value {
         let output = self
             .child
             .wait_with_output()
@@ -64,7 +101,7 @@ impl Fio {
         let text = String::from_utf8_lossy(&output.stdout);
         let errors = String::from_utf8_lossy(&output.stderr);
         assert!(
-            output.status.success(),
+            output.status.success() == well,
             "fio ended with {}: {errors}{text}",
             output.status
         );

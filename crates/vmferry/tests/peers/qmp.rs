@@ -5,6 +5,7 @@
 use std::collections::VecDeque;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 
 use serde_json::{Value, json};
 
@@ -17,6 +18,13 @@ pub(crate) struct Qmp {
 }
 
 impl Qmp {
+    /// Connects to a monitor that listens.
+    pub(crate) fn connect(socket: &Path) -> Self {
+        let stream = UnixStream::connect(socket)
+            .unwrap_or_else(|error| panic!("connect to {}: {error}", socket.display()));
+        Self::negotiate(stream)
+    }
+
     /// Takes the greeting and leaves negotiation mode.
     pub(crate) fn negotiate(stream: UnixStream) -> Self {
         stream

@@ -4,13 +4,32 @@ use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tempfile::TempDir;
 
 use super::{PATIENCE, until};
+
+/// Where it was built.
+pub(crate) const PROGRAM: &str = env!("CARGO_BIN_EXE_vmferry");
+
+/// Runs a short command of it to its end.
+pub(crate) fn run<A: AsRef<OsStr>>(args: impl IntoIterator<Item = A>) -> Output {
+    let mut command = Command::new(PROGRAM);
+    command.args(args).stdin(Stdio::null());
+    command.output().expect("vmferry can be run")
+}
+
+/// Runs a short command of it, which must succeed; what it printed.
+pub(crate) fn run_well<A: AsRef<OsStr>>(args: impl IntoIterator<Item = A>) -> String {
+    let output = run(args);
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{}: {errors}", output.status);
+    String::from_utf8(output.stdout).expect("it prints UTF-8")
+}
 
 /// A running `vmferry … --json`; killed by its process id when dropped.
 pub(crate) struct Vmferry {
@@ -22,19 +41,29 @@ pub(crate) struct Vmferry {
 impl Vmferry {
     /// Starts it with these arguments and `--json`.
     pub(crate) fn start<A: AsRef<OsStr>>(args: impl IntoIterator<Item = A>) -> Self {
+        let mut command = Command::new(PROGRAM);
+        command.args(args).stdin(Stdio::null());
+        Self::spawn(command)
+    }
+
+    /// The same with something else than nothing as its standard input.
+    pub(crate) fn start_with_input<'a>(
+        args: impl IntoIterator<Item = &'a str>,
+        input: impl Into<Stdio>,
+    ) -> Self {
+        let mut command = Command::new(PROGRAM);
+        command.args(args).stdin(input);
+        Self::spawn(command)
+    }
+
+    fn spawn(mut command: Command) -> Self {
         let dir = tempfile::Builder::new()
             .prefix("vmferry-run-")
             .tempdir()
             .expect("a temporary folder");
         let stderr =
             File::create(dir.path().join("stderr")).expect("a file in the temporary folder");
-        let mut command = Command::new(env!("CARGO_BIN_EXE_vmferry"));
-        command
-            .args(args)
-            .arg("--json")
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(stderr);
+        command.arg("--json").stdout(Stdio::piped()).stderr(stderr);
         let mut child = command.spawn().expect("vmferry can be run");
         let stdout = BufReader::new(child.stdout.take().expect("its output is a pipe"));
         let (sender, reports) = channel();
@@ -53,6 +82,11 @@ impl Vmferry {
             reports,
             dir,
         }
+    }
+
+    /// Sends it a signal.
+    pub(crate) fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.child), signal).expect("a child can be signalled");
     }
 
     /// Its next report whose `event` is `name`; others before it are dropped.
