@@ -13,7 +13,13 @@ use crate::signals::Signals;
 pub(crate) fn run(flags: &CancelFlags) -> Result<Exit, Failure> {
     let signals = Signals::new()?;
     let mut daemon = Daemon::connect(&flags.daemon.qmp)?;
-    if watch::is_idle(&daemon.migration()?) {
+    let now = daemon.migration()?;
+    if let Some(Outcome::Undecided(why)) = Outcome::of(&now) {
+        let message = format!("too late to cancel, the destination may have the disks: {why}");
+        return Err(Failure::refused(message)
+            .hint("look at the destination, then say vmferry resolve serve, or give-up"));
+    }
+    if watch::is_idle(&now) {
         return Err(Failure::refused("there is no migration to cancel"));
     }
     daemon.execute("migrate_cancel", &json!({}))?;

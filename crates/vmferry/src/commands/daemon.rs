@@ -1,18 +1,23 @@
 //! A running daemon, as the commands that control it see it.
 
+use std::time::{Duration, Instant};
+
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use vmferry_channel::{Stop, Uri};
 use vmferry_qmp::types::{
     MigrateSetCapabilities, MigrationCapability, MigrationCapabilityStatus, MigrationInfo,
-    MigrationParameters,
+    MigrationParameters, MigrationStatus,
 };
 use vmferry_qmp::{Client, ClientError};
 
 use crate::exit::{Exit, Failure};
 use crate::flags::LimitFlags;
 use crate::flags::rate::Rate;
+
+/// How long to wait for the end of what a daemon had to say.
+const LAST_PATIENCE: Duration = Duration::from_secs(1);
 
 /// A control connection.
 pub(crate) struct Daemon {
@@ -38,6 +43,18 @@ impl Daemon {
     pub(crate) fn migration_object(&mut self) -> Result<Value, Failure> {
         self.execute("query-migrate", &json!({}))
             .map_err(Into::into)
+    }
+
+    /// The status that was announced last before the connection was lost.
+    pub(crate) fn last_announced(&mut self) -> Option<MigrationStatus> {
+        let mut last = None;
+        // What was sent before the end can still be read.
+        while let Ok(Some(event)) = self.client.wait_event(Some(Instant::now() + LAST_PATIENCE)) {
+            if event.name == "MIGRATION" {
+                last = event.data.get("status").cloned();
+            }
+        }
+        serde_json::from_value(last?).ok()
     }
 
     /// Set what was given.

@@ -31,7 +31,10 @@ pub(crate) fn watch(
     let start = Instant::now();
     let mut cancelling = false;
     loop {
-        let info = daemon.migration().map_err(|gone| lost(&gone))?;
+        let info = match daemon.migration() {
+            Ok(info) => info,
+            Err(gone) => return last_word(daemon, &gone).map(Watched::Over),
+        };
         let sample = Sample::from(&info);
         let outcome = Outcome::of(&info);
         match &outcome {
@@ -71,8 +74,13 @@ fn cancel(daemon: &mut Daemon, progress: &Progress) -> Result<(), Failure> {
 /// Wait without showing anything.
 pub(crate) fn until_over(daemon: &mut Daemon, signals: &Signals) -> Result<Outcome, Failure> {
     loop {
-        if let Some(outcome) = Outcome::of(&daemon.migration().map_err(|gone| lost(&gone))?) {
-            return Ok(outcome);
+        match daemon.migration() {
+            Ok(info) => {
+                if let Some(outcome) = Outcome::of(&info) {
+                    return Ok(outcome);
+                }
+            }
+            Err(gone) => return last_word(daemon, &gone),
         }
         if signals.wait(Some(INTERVAL))?.is_some() {
             return Err(Failure::new(Exit::Failed, "stopped waiting for the end"));
@@ -83,6 +91,14 @@ pub(crate) fn until_over(daemon: &mut Daemon, signals: &Signals) -> Result<Outco
 /// Is there no migration that could end?
 pub(crate) fn is_idle(info: &MigrationInfo) -> bool {
     Outcome::of(info).is_some() || matches!(info.status, None | Some(MigrationStatus::None))
+}
+
+/// A daemon that was told to end cancels first, and says so.
+fn last_word(daemon: &mut Daemon, gone: &Failure) -> Result<Outcome, Failure> {
+    match daemon.last_announced() {
+        Some(MigrationStatus::Cancelled) => Ok(Outcome::Cancelled),
+        _ => Err(lost(gone)),
+    }
 }
 
 /// Once a migration runs, a daemon that is gone leaves everything open.

@@ -31,6 +31,14 @@ pub(crate) fn run(flags: &MigrateFlags) -> Result<Exit, Failure> {
             ),
         );
     }
+    if matches!(flags.uri, Uri::File { .. }) && !flags.one_way {
+        // Before it is emptied.
+        return Err(Failure::refused(format!(
+            "{}: a file cannot answer, so nobody can tell whether the disks arrive",
+            flags.uri
+        ))
+        .hint("--one-way migrates without an answer"));
+    }
     let mut target = Target::open(&flags.uri)?;
     let uri = target.hand_over(&mut daemon, &flags.daemon.qmp)?;
     daemon.execute("migrate", &arguments(flags, uri))?;
