@@ -375,11 +375,21 @@ fn a_record_that_cannot_be_written_stops_the_hand_over() {
     is_served(&pair.source);
 }
 
-/// Panics once, at a read, where a test says so.
+/// Panics where a test says so.
 struct Fragile {
     disk: MemoryDisk,
-    /// In the thread of the engine, or in one that reads.
-    cached: bool,
+    panics_at: PanicsAt,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum PanicsAt {
+    /// In the engine's thread.
+    CachedRead,
+    /// In a thread that reads.
+    Read,
+    /// In the thread that writes.
+    Write,
+    Flush,
 }
 
 impl BlockDevice for Fragile {
@@ -387,15 +397,16 @@ impl BlockDevice for Fragile {
         self.disk.limits()
     }
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<(), DiskError> {
-        assert!(self.cached, "a bug in a backend");
+        assert!(self.panics_at != PanicsAt::Read, "a bug in a backend");
         self.disk.read_at(buf, offset)
     }
     fn read_cached_at(&self, buf: &mut [u8], offset: u64) -> Result<Cached, DiskError> {
-        assert!(!self.cached, "a bug in a backend");
+        assert!(self.panics_at != PanicsAt::CachedRead, "a bug in a backend");
         let _ = (buf, offset);
         Ok(Cached::Miss)
     }
     fn write_at(&self, buf: &[u8], offset: u64) -> Result<(), DiskError> {
+        assert!(self.panics_at != PanicsAt::Write, "a bug in a backend");
         self.disk.write_at(buf, offset)
     }
     fn write_zeroes(
@@ -417,6 +428,7 @@ impl BlockDevice for Fragile {
         self.disk.start_writeback(offset, length)
     }
     fn flush(&self) -> Result<(), DiskError> {
+        assert!(self.panics_at != PanicsAt::Flush, "a bug in a backend");
         self.disk.flush()
     }
 }
@@ -424,9 +436,13 @@ impl BlockDevice for Fragile {
 #[test]
 fn a_panic_before_the_hand_over_lets_guests_go_on() {
     let mut rng = rng();
-    for cached in [true, false] {
+    for panics_at in [PanicsAt::CachedRead, PanicsAt::Read] {
         let disk = full_disk(2 * MIB, &mut rng);
-        let node = Node::new("disk0", Box::new(Fragile { disk, cached }), Hold::Nothing);
+        let node = Node::new(
+            "disk0",
+            Box::new(Fragile { disk, panics_at }),
+            Hold::Nothing,
+        );
         let target = Host::target(&[2 * MIB]);
         let (here, there) = UnixStream::pair().expect("a pair");
         let destination = start_destination(&target, there);
@@ -443,12 +459,7 @@ fn a_panic_before_the_hand_over_lets_guests_go_on() {
         };
         let running = RunningSource::start(job, Published::default()).expect("a migration");
         let status = wait(&running);
-        assert_eq!(
-            status.state,
-            State::Failed,
-            "in a thread that reads: {}",
-            !cached
-        );
+        assert_eq!(status.state, State::Failed, "{panics_at:?}");
         assert!(status.error.expect("a reason").contains("panic"));
         drop(running);
         assert!(destination.join().expect("no panic there").is_err());
@@ -532,4 +543,37 @@ fn a_stuck_read_does_not_keep_guests_held_after_a_cancel() {
     drop(gate);
     assert_eq!(wait(&pair.running).state, State::Cancelled);
     pair.try_again();
+}
+
+/// More than the buffers hold is on its way when the thread dies.
+#[test]
+fn a_panic_of_the_writing_thread_fails_the_migration_on_both_sides() {
+    const LENGTH: usize = 40 * MIB;
+    let mut rng = rng();
+    for panics_at in [PanicsAt::Write, PanicsAt::Flush] {
+        let source = Host::new(vec![full_disk(LENGTH, &mut rng)], Hold::Nothing);
+        let mut target = Host::target(&[LENGTH]);
+        let fragile = Fragile {
+            disk: target.memories[0].clone(),
+            panics_at,
+        };
+        target.nodes[0] = Node::new("disk0", Box::new(fragile), Hold::Writes);
+        let (here, there) = UnixStream::pair().expect("a pair");
+        let destination = start_destination(&target, there);
+        let (parameters, capabilities) = (Parameters::default(), Capabilities::default());
+        let running = start_source(&source, here, parameters, capabilities);
+        let status = wait(&running);
+        assert_eq!(status.state, State::Failed, "{panics_at:?}: {status:?}");
+        drop(running);
+        let error = destination.join().expect("contained").expect_err("failed");
+        assert!(
+            error
+                .to_string()
+                .contains("the thread that writes the disks"),
+            "{error}"
+        );
+        assert!(target.all_held(Some(Hold::Writes)));
+        assert_eq!(target.says(), [Some(Residence::Incoming)]);
+        is_served(&source);
+    }
 }
