@@ -142,7 +142,7 @@ fn deadlines_end_reads_and_writes_but_not_what_needs_no_waiting() {
     let soon = Some(Instant::now() + Duration::from_millis(20));
     let (a, _b) = Channel::pair(&stop(), &stop()).unwrap();
     let error = halves(a).0.read_until(&mut buf, soon).unwrap_err();
-    assert!(matches!(error, ChannelError::TimedOut { after, .. } if after.as_millis() >= 20));
+    assert!(matches!(error, ChannelError::TimedOut { .. }), "{error}");
 }
 
 #[test]
