@@ -3,7 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-/// A time in milliseconds, at most [`LONGEST_MS`].
+/// A time in milliseconds, from 1 to [`LONGEST_MS`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Millis(pub(crate) u64);
 
@@ -21,6 +21,8 @@ pub(crate) enum TimeError {
     UnknownUnit(String),
     #[error("the longest time is 2000s")]
     TooLong,
+    #[error("the shortest time is 1ms: guests wait at least until the destination has answered")]
+    Zero,
 }
 
 impl FromStr for Millis {
@@ -43,8 +45,14 @@ impl FromStr for Millis {
             .ok()
             .and_then(|number| number.checked_mul(unit_ms))
             .filter(|ms| *ms <= LONGEST_MS)
-            .map(Self)
             .ok_or(TimeError::TooLong)
+            .and_then(|ms| {
+                if ms == 0 {
+                    Err(TimeError::Zero)
+                } else {
+                    Ok(Self(ms))
+                }
+            })
     }
 }
 
@@ -65,7 +73,8 @@ mod tests {
     fn times_carry_their_unit() {
         assert_eq!("300ms".parse(), Ok(Millis(300)));
         assert_eq!("2s".parse(), Ok(Millis(2000)));
-        assert_eq!("0ms".parse(), Ok(Millis(0)));
+        assert_eq!("1ms".parse(), Ok(Millis(1)));
+        assert_eq!("0s".parse::<Millis>(), Err(TimeError::Zero));
         assert_eq!("300".parse::<Millis>(), Err(TimeError::NoUnit));
         assert_eq!("ms".parse::<Millis>(), Err(TimeError::NoNumber));
         assert_eq!(
@@ -86,7 +95,7 @@ mod tests {
 
     #[test]
     fn what_is_shown_reads_back() {
-        for ms in [0, 1, 999, 1000, 1500, 60_000] {
+        for ms in [1, 999, 1000, 1500, 60_000] {
             assert_eq!(Millis(ms).to_string().parse(), Ok(Millis(ms)));
         }
     }
