@@ -8,10 +8,9 @@
 #[expect(dead_code, reason = "other tests use the rest of it")]
 mod peers;
 
-//mod bad_input;
+mod bad_input;
 mod control;
 mod cuts;
-//mod guest;
 mod kills;
 mod link;
 mod load;
@@ -19,3 +18,4 @@ mod log;
 mod pair;
 mod runs;
 mod serve;
+mod strangers;

@@ -15,7 +15,7 @@ use crate::link::{Event, Link, Moment};
 use crate::load::Load;
 use crate::log::{BLOCK, Log};
 use crate::peers::until;
-use crate::serve::{CommandLine, DISK, Refused, Serve};
+use crate::serve::{CommandLine, DISK, Refused, Serve, clear_line};
 
 /// How long a write is watched that must not be carried out. Too short could hide something, but not every time; too
 /// long costs time.
@@ -127,16 +127,33 @@ impl Pair {
         daemon.unwrap_or_else(|| panic!("the {side:?} does not run"))
     }
 
+    /// What the daemons of this side have said.
+    pub(crate) fn said(&self, side: Side) -> String {
+        self.line(side).said()
+    }
+
+    /// Whether it is written down beside the disk where it lives.
+    pub(crate) fn has_record(&self, side: Side) -> bool {
+        self.line(side)
+            .image()
+            .with_extension("raw.vmferry")
+            .exists()
+    }
+
     /// Where QMP clients of this side come.
     pub(crate) fn socket(&self, side: Side) -> PathBuf {
         self.line(side).qmp_socket()
     }
 
+    /// Where the destination waits for its migration.
+    pub(crate) fn incoming(&mut self) -> String {
+        let daemon = self.daemons[Destination.index()].as_mut();
+        daemon.expect("the destination runs").incoming()
+    }
+
     /// A link to the destination.
     pub(crate) fn link(&mut self, moment: Moment, event: Event) -> Link {
-        let daemon = self.daemons[Destination.index()].as_mut();
-        let target = daemon.expect("the destination runs").incoming();
-        Link::new(&target, moment, event)
+        Link::new(&self.incoming(), moment, event)
     }
 
     /// Starts a migration; false if the source has died over it.
@@ -293,14 +310,8 @@ impl Pair {
             Err(Refused { status, said }) => {
                 assert_eq!(status, Some(4), "{side:?}: {said}");
                 let moved = format!("vmferry: error: disk '{DISK}' has moved to tcp:127.0.0.1:");
-                let lines: Vec<_> = said
-                    .lines()
-                    .filter(|l| l.starts_with("vmferry: error"))
-                    .collect();
-                assert!(
-                    matches!(lines[..], [line] if line.starts_with(&moved)),
-                    "{side:?}: {said}"
-                );
+                let line = clear_line(&said);
+                assert!(line.starts_with(&moved), "{side:?}: {said}");
                 None
             }
         };

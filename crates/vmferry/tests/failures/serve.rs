@@ -15,6 +15,18 @@ use vmferry_nbd::NbdUri;
 use crate::control::Control;
 use crate::peers::{PATIENCE, until};
 
+/// The one line of a failure that says why: there are only hints besides.
+pub(crate) fn clear_line(said: &str) -> &str {
+    let is_hint = |line: &str| {
+        line.is_empty() || line.starts_with("hint: ") || line.starts_with("For more information")
+    };
+    let lines: Vec<&str> = said.lines().filter(|line| !is_hint(line)).collect();
+    match lines[..] {
+        [line] if line.starts_with("vmferry: error: ") || line.starts_with("error: ") => line,
+        _ => panic!("not one clear line: {said}"),
+    }
+}
+
 /// Name of the disk, everywhere.
 pub(crate) const DISK: &str = "disk0";
 
@@ -23,6 +35,7 @@ pub(crate) const DISK: &str = "disk0";
 pub(crate) struct CommandLine {
     name: &'static str,
     folder: PathBuf,
+    image: PathBuf,
     args: Vec<String>,
 }
 
@@ -37,12 +50,18 @@ pub(crate) struct Refused {
 impl CommandLine {
     /// Serves `NAME.raw` of this folder; `options` follow the path.
     pub(crate) fn new(name: &'static str, folder: &Path, options: &str) -> Self {
+        Self::of_image(name, folder, &folder.join(format!("{name}.raw")), options)
+    }
+
+    /// Serves an image that is somewhere else.
+    pub(crate) fn of_image(name: &'static str, folder: &Path, image: &Path, options: &str) -> Self {
         let line = Self {
             name,
             folder: folder.to_owned(),
+            image: image.to_owned(),
             args: Vec::new(),
         };
-        let disk = format!("{DISK}={}{options}", line.image().display());
+        let disk = format!("{DISK}={}{options}", image.display());
         let [nbd, qmp] = [line.nbd_socket(), line.qmp_socket()];
         line.args([
             "--disk",
@@ -60,8 +79,8 @@ impl CommandLine {
         self
     }
 
-    pub(crate) fn image(&self) -> PathBuf {
-        self.file("raw")
+    pub(crate) fn image(&self) -> &Path {
+        &self.image
     }
 
     pub(crate) fn qmp_socket(&self) -> PathBuf {
