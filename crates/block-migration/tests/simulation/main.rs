@@ -39,23 +39,21 @@ fn ten_thousand_schedules() {
     let base = fastrand::u64(..u64::MAX / 2);
     println!("seeds from {base} on");
     let begun = std::time::Instant::now();
-    let mut outcomes = BTreeMap::<Outcome, u64>::new();
-    let mut ticks = 0;
-    let mut frames = 0;
-    for index in 0..schedules {
-        let seed = base + index;
-        match catch_unwind(AssertUnwindSafe(|| schedule(seed))) {
-            Ok(report) => {
-                *outcomes.entry(report.outcome).or_default() += 1;
-                ticks += report.ticks;
-                frames += report.frames;
-            }
-            Err(panic) => {
-                eprintln!("schedule {index} has failed: VMFERRY_SEED={seed}");
-                resume_unwind(panic);
-            }
-        }
-    }
+    let workers = std::thread::available_parallelism().map_or(1, |n| n.get() as u64);
+    let totals = std::thread::scope(|scope| {
+        let work =
+            |first| move || run_seeds((base + first..base + schedules).step_by(workers as usize));
+        let workers: Vec<_> = (0..workers).map(|first| scope.spawn(work(first))).collect();
+        let joined = workers
+            .into_iter()
+            .map(|worker| worker.join().unwrap_or_else(|p| resume_unwind(p)));
+        joined.reduce(Totals::plus).expect("a worker")
+    });
+    let Totals {
+        outcomes,
+        ticks,
+        frames,
+    } = totals;
     let rate = schedules as f64 / begun.elapsed().as_secs_f64();
     println!(
         "{schedules} schedules, {rate:.0} in a second, {ticks} steps, {frames} frames: {outcomes:?}"
@@ -71,6 +69,43 @@ fn ten_thousand_schedules() {
             "{outcome:?} never happened"
         );
     }
+}
+
+#[derive(Default)]
+struct Totals {
+    outcomes: BTreeMap<Outcome, u64>,
+    ticks: u64,
+    frames: u64,
+}
+
+impl Totals {
+    fn plus(mut self, other: Self) -> Self {
+        for (outcome, count) in other.outcomes {
+            *self.outcomes.entry(outcome).or_default() += count;
+        }
+        self.ticks += other.ticks;
+        self.frames += other.frames;
+        self
+    }
+}
+
+/// Up to the first that fails, whose seed is said.
+fn run_seeds(seeds: impl Iterator<Item = u64>) -> Totals {
+    let mut totals = Totals::default();
+    for (index, seed) in seeds.enumerate() {
+        match catch_unwind(AssertUnwindSafe(|| schedule(seed))) {
+            Ok(report) => {
+                *totals.outcomes.entry(report.outcome).or_default() += 1;
+                totals.ticks += report.ticks;
+                totals.frames += report.frames;
+            }
+            Err(panic) => {
+                eprintln!("schedule {index} of its thread has failed: VMFERRY_SEED={seed}");
+                resume_unwind(panic);
+            }
+        }
+    }
+    totals
 }
 
 #[derive(Debug)]
