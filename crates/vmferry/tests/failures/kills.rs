@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -10,6 +11,9 @@ use crate::link::{Event, Moment};
 use crate::log::BLOCK;
 use crate::pair::{Outcome, Pair, Side, Target};
 use crate::runs::many;
+
+/// How late somebody dies, in microseconds: writing a record down takes so long.
+const LATE_MICROS: u64 = 10_000;
 
 /// When somebody dies.
 #[derive(Clone, Copy, Debug)]
@@ -50,6 +54,11 @@ fn one_kill(rng: &mut fastrand::Rng) -> (&'static str, Vec<Side>, Outcome) {
         _ => vec![Side::Source, Side::Destination],
     };
     let target = [Target::Empty, Target::Full][rng.usize(0..2)];
+    // What is done with the last bytes takes a while.
+    let after = match rng.bool() {
+        true => Duration::ZERO,
+        false => Duration::from_micros(rng.u64(0..LATE_MICROS)),
+    };
     let mut pair = Pair::start(blocks, target, rng);
     let pids: Vec<Pid> = victims
         .iter()
@@ -66,7 +75,7 @@ fn one_kill(rng: &mut fastrand::Rng) -> (&'static str, Vec<Side>, Outcome) {
             )),
         ),
     };
-    let link = pair.link(moment, Event::Kill(pids));
+    let link = pair.link(moment, Event::Kill(pids, after));
     let begun = pair.migrate(&link.uri(), if rng.bool() { 0 } else { 64 << 20 });
     assert!(
         begun || victims.contains(&Side::Source),

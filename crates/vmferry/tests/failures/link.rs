@@ -76,8 +76,8 @@ pub(crate) enum Event {
     Close,
     /// Both directions end, with RST.
     Reset,
-    /// kill -9; what the dead have written still arrives.
-    Kill(Vec<Pid>),
+    /// kill -9, a while after that byte; what the dead have written still arrives.
+    Kill(Vec<Pid>, Duration),
 }
 
 /// What went through.
@@ -321,14 +321,15 @@ impl Carrier {
             .answer_begins
             .is_some_and(|begins| self.passed.back >= begins + ANSWER_BYTES);
         // The dead do not read, but what they have written is on its way.
-        written || matches!(self.event, Event::Kill(_))
+        written || matches!(self.event, Event::Kill(..))
     }
 
     /// Let it happen. False if nothing is left of the connection.
     fn strike(&mut self) -> bool {
         self.passed.struck = true;
         match &self.event {
-            Event::Kill(pids) => {
+            Event::Kill(pids, after) => {
+                std::thread::sleep(*after);
                 for pid in pids {
                     kill_process(*pid, Signal::KILL).expect("a child that is not waited for yet");
                 }

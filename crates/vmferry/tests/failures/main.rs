@@ -11,6 +11,7 @@ mod peers;
 mod bad_input;
 mod control;
 mod cuts;
+mod guest;
 mod kills;
 mod link;
 mod load;

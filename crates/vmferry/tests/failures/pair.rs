@@ -1,7 +1,7 @@
 //! Two hosts, and an operator who brings them back from whatever happened.
 
 use std::io::BufWriter;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ use vmferry_nbd::{Client, ClientSettings, NbdError};
 use crate::link::{Event, Link, Moment};
 use crate::load::Load;
 use crate::log::{BLOCK, Log};
-use crate::peers::until;
+use crate::peers::{disk, until};
 use crate::serve::{CommandLine, DISK, Refused, Serve, clear_line};
 
 /// How long a write is watched that must not be carried out. Too short could hide something, but not every time; too
@@ -68,9 +68,18 @@ pub(crate) enum Target {
     Made,
 }
 
-/// Two daemons with one disk, under load.
+/// Length of the second disk, which always is where the first is.
+const SECOND_BYTES: u64 = 256 << 10;
+
+fn second(path: &Path, options: &str) -> String {
+    format!("second={}{options}", path.display())
+}
+
+/// Two daemons with the same disks, under load.
 pub(crate) struct Pair {
     lines: [CommandLine; 2],
+    /// The second disk of each, to which nobody writes.
+    seconds: [PathBuf; 2],
     /// `None` if it has refused to start, because the disk has moved away.
     daemons: [Option<Serve>; 2],
     load: Load,
@@ -85,16 +94,26 @@ impl Pair {
         let folder = tempfile::Builder::new().prefix("vmferry-pair-").tempdir();
         let folder = folder.expect("a temporary folder");
         let length = ((blocks + 1) * BLOCK) as u64;
-        let source = CommandLine::new("source", folder.path(), "");
-        let options = match target {
+        let seconds =
+            ["source", "destination"].map(|side| folder.path().join(side).with_extension("second"));
+        let source = CommandLine::new("source", folder.path(), "")
+            .args(["--disk", &second(&seconds[0], "")]);
+        let options = |length: u64| match target {
             Target::Empty => String::new(),
             Target::Full => ",overwrite=on".to_owned(),
             Target::Made => format!(",create=on,size={length}"),
         };
-        let destination = CommandLine::new("destination", folder.path(), &options)
+        let destination = CommandLine::new("destination", folder.path(), &options(length))
+            .args(["--disk", &second(&seconds[1], &options(SECOND_BYTES))])
             .args(["--incoming", "tcp:127.0.0.1:0"]);
         let log = Arc::new(Log::new(rng.u64(..), blocks));
         log.write_first_content(BufWriter::new(source.make_image(length)));
+        disk::random(&seconds[0], SECOND_BYTES, rng);
+        match target {
+            Target::Made => {}
+            Target::Empty => disk::sparse(&seconds[1], SECOND_BYTES, &[], rng),
+            Target::Full => disk::random(&seconds[1], SECOND_BYTES, rng),
+        }
         match target {
             Target::Empty => drop(destination.make_image(length)),
             Target::Full => Log::new(rng.u64(..), blocks)
@@ -111,6 +130,7 @@ impl Pair {
         load.wait_for_writes(Source.index());
         Self {
             lines,
+            seconds,
             daemons,
             load,
             log,
@@ -249,6 +269,7 @@ impl Pair {
             assert!(!self.takes_writes(other), "the disk is live on two sides");
         }
         self.check_content(live);
+        disk::assert_same(&self.seconds[0], &self.seconds[live.index()]);
     }
 
     /// Would a guest's write be carried out? It goes to the last block, which nobody else writes.

@@ -12,7 +12,10 @@ use crate::peers::{long, seeded};
 /// Runs at the same time.
 const AT_ONCE: usize = 2;
 
-/// Does `run` so many times (tenfold in long tests), or only the one that `VMFERRY_RUN` names by its seed. How often it
+/// Runs of a long test.
+const LONG: u64 = 2000;
+
+/// Does `run` so many times (more in long tests), or only the one that `VMFERRY_RUN` names by its seed. How often it
 /// ended how is printed and returned.
 pub(crate) fn many<K: Ord + Debug + Send>(
     count: u64,
@@ -24,7 +27,7 @@ pub(crate) fn many<K: Ord + Debug + Send>(
     }
     let begun = Instant::now();
     let seeds = Mutex::new(seeded());
-    let left = AtomicU64::new(if long() { 10 * count } else { count });
+    let left = AtomicU64::new(if long() { LONG } else { count });
     let ends = Mutex::new(BTreeMap::new());
     let work = || {
         let take = |left: u64| left.checked_sub(1);

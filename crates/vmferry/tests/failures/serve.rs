@@ -228,11 +228,15 @@ impl Serve {
             .unwrap_or_else(|error| panic!("{command}: {error}; {}", self.line.said()))
     }
 
-    /// What guests of its disk wait for: `nothing`, `writes`, `everything`, or `departed`.
+    /// What guests of its disks wait for: `nothing`, `writes`, `everything`, or `departed`. Each, if they differ.
     pub(crate) fn hold(&self) -> String {
         let blocks = self.ask("query-block");
-        let hold = blocks[0]["inserted"]["x-hold"].as_str();
-        hold.expect("a disk has a hold level").to_owned()
+        let blocks = blocks.as_array().expect("a list of disks");
+        let hold = |block: &Value| block["inserted"]["x-hold"].as_str().map(str::to_owned);
+        let mut holds: Vec<String> = blocks.iter().filter_map(hold).collect();
+        assert_eq!(holds.len(), blocks.len(), "a disk has a hold level");
+        holds.dedup();
+        holds.join(", ")
     }
 
     /// Its exit status once it has ended.
