@@ -35,6 +35,8 @@ pub(crate) struct OpenDisk {
     pub(crate) name: String,
     pub(crate) path: PathBuf,
     pub(crate) disk: RawDisk,
+    /// It did not exist before.
+    pub(crate) is_new: bool,
 }
 
 /// Disks, and the files that were made for them.
@@ -93,8 +95,11 @@ pub(crate) fn open(
     let mut made = MadeFiles::default();
     for flag in flags {
         let (purpose, past) = plan(flag);
+        // Who removes a half-filled image need not know of its record.
+        let is_missing = || !flag.path.try_exists().unwrap_or(true);
+        let is_new = past == Past::Unknown || (past == Past::HalfFilled && is_missing());
         let disk = match flag.create {
-            Some(size) if past == Past::Unknown => {
+            Some(size) if is_new => {
                 let disk = RawDisk::create(&flag.path, size.bytes, true)
                     .map_err(|error| cannot_open(&flag.name, &error))?;
                 made.add(&flag.path);
@@ -106,6 +111,7 @@ pub(crate) fn open(
             name: flag.name.clone(),
             path: flag.path.clone(),
             disk,
+            is_new: is_new && flag.create.is_some(),
         });
     }
     Ok(OpenDisks { disks, made })
@@ -351,6 +357,18 @@ mod tests {
             );
         }
         assert!(folder.path("a").exists());
+        fs::remove_file(folder.path("a")).unwrap();
+        let text = ["x=a,create=on,size=1M"];
+        let open = folder
+            .open_with_past(Purpose::Fill, &text, Past::HalfFilled)
+            .unwrap();
+        assert!(open.disks[0].is_new);
+        drop(open);
+        assert!(
+            folder
+                .open_with_past(Purpose::Fill, &text, Past::Arrived)
+                .is_err()
+        );
     }
 
     #[test]

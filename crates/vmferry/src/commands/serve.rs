@@ -23,6 +23,9 @@ use crate::output;
 use crate::render;
 use crate::signals::Signals;
 
+/// The other side of a disk that was made for a migration which has not begun.
+const NOBODY_YET: &str = "nobody yet";
+
 pub(crate) fn run(flags: &ServeFlags) -> Result<Exit, Failure> {
     let signals = Signals::new()?;
     let activated = Activated::take()?;
@@ -33,6 +36,16 @@ pub(crate) fn run(flags: &ServeFlags) -> Result<Exit, Failure> {
         let plan = plans.iter().find(|plan| plan.name == flag.name);
         plan.map_or((Purpose::Serve, Past::Unknown), Plan::purpose)
     })?;
+    let waiting = plans.iter().any(|plan| plan.start == Start::Waiting);
+    let doors = Doors::open(flags, activated, waiting)?;
+    let addresses = doors.addresses();
+    for (open, plan) in disks.iter().zip(&plans) {
+        if let (true, Start::Waiting, Some(file)) = (open.is_new, plan.start, &plan.file) {
+            // So that the same command line works again after a restart.
+            file.write(Residence::Incoming, NOBODY_YET)
+                .map_err(|error| Failure::new(Exit::Failed, error))?;
+        }
+    }
     let disks: Vec<Disk> = disks
         .into_iter()
         .zip(plans)
@@ -45,9 +58,6 @@ pub(crate) fn run(flags: &ServeFlags) -> Result<Exit, Failure> {
             format: "raw",
         })
         .collect();
-    let waiting = disks.iter().any(|disk| disk.start == Start::Waiting);
-    let doors = Doors::open(flags, activated, waiting)?;
-    let addresses = doors.addresses();
 
     let daemon = Daemon::start(doors.into_config(disks)).map_err(|error| match error {
         StartError::TwoOfAName(_) => Failure::usage(error),
