@@ -45,7 +45,14 @@ fn one_cut(rng: &mut fastrand::Rng) -> (&'static str, Outcome) {
     let target = [Target::Empty, Target::Full, Target::Made][rng.usize(0..3)];
     let mut pair = Pair::start(blocks, target, rng);
     let link = pair.link(moment, event);
-    assert!(pair.migrate(&link.uri(), bandwidth));
+    let by_command = rng.bool();
+    let status = match by_command {
+        true => pair.migrate_by_command(&link.uri()),
+        false => {
+            assert!(pair.migrate(&link.uri(), bandwidth));
+            None
+        }
+    };
     pair.wait_for_source();
     let passed = link.end();
     let (outcome, mut side) = pair.settle(rng);
@@ -57,6 +64,14 @@ fn one_cut(rng: &mut fastrand::Rng) -> (&'static str, Outcome) {
         );
     } else if !passed.pong {
         assert_eq!(outcome, Outcome::SourceServes, "{moment:?}, {passed:?}");
+    }
+    if by_command {
+        let expected = match outcome {
+            Outcome::DestinationServes => 0,
+            Outcome::SourceServes => 1,
+            Outcome::UndecidedStayed | Outcome::UndecidedMoved => 3,
+        };
+        assert_eq!(status, Some(expected), "{moment:?}, {outcome:?}");
     }
     pair.check(side);
     if side == Side::Source && (!passed.pong || rng.bool()) {

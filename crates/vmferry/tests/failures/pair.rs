@@ -186,6 +186,16 @@ impl Pair {
             .is_ok()
     }
 
+    /// Migrates with `vmferry migrate`, which ends when it is known how that went, or that it is not known. Its exit
+    /// status.
+    pub(crate) fn migrate_by_command(&self, uri: &str) -> Option<i32> {
+        let (status, said) = self.line(Source).run(["migrate", uri, "--json"]);
+        if status != Some(0) {
+            clear_line(&said);
+        }
+        status
+    }
+
     /// Waits until the source's migration is over, or the source.
     pub(crate) fn wait_for_source_or_death(&self) {
         until("the source's migration to end", || {
