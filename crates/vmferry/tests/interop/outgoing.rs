@@ -54,13 +54,13 @@ fn disk_args(name: &str, path: &Path) -> [String; 2] {
 /// Options of `migrate` that keep the bulk phase going for seconds.
 const SLOWLY: [&str; 2] = ["--bandwidth", "8MiB/s"];
 
-/// Twenty times in a row (five, if they are not to be long): a disk moves under a guest that writes all over it through
+/// Twenty times in a row: a disk moves under a guest that writes all over it through
 /// NBD. QEMU comes up, and has every acknowledged write; nothing else was written after the switch, so it has the very
 /// bytes that the source had. Every other disk has an odd length.
 #[test]
 fn qemu_7_2_comes_up_with_every_acknowledged_write() {
     let mut rng = seeded();
-    for round in 0..if long() { 20 } else { 5 } {
+    for round in 0..if long() { 100 } else { 20 } {
         let dir = folder();
         let size = match round % 4 {
             0 => 32 * MIB,
