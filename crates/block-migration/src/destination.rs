@@ -9,10 +9,10 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use vmferry_buffer::{Buffer, Pool};
+use vmferry_buffer::{Buffer, Pool, is_zero};
 use vmferry_disk::{CHUNK_BYTES, Chunk, Filler, Limits};
 use vmferry_savevm::{HandlerError, LoadHandler};
-use vmferry_stream::{BLOCK_BYTES, BlockChunk, Record, Sector};
+use vmferry_stream::{BLOCK_BYTES, BlockChunk, Record, SECTOR_BYTES, Sector};
 
 use crate::apply::{Applier, ApplyError, Operation, Syncer};
 
@@ -27,6 +27,9 @@ pub struct DestinationStats {
     pub percent: AtomicU64,
     /// The section has ended; nothing more will come.
     pub ended: AtomicBool,
+    /// Set by whoever knows that the source pads the end of a disk with zeroes, as ours does:
+    /// anything else there is data of a disk that is longer than the one here.
+    pub zero_padded: AtomicBool,
 }
 
 /// Memory for chunks that arrived and are not written, by default.
@@ -80,11 +83,26 @@ pub enum DestinationError {
         /// How long the target is.
         length: u64,
     },
+    /// The disks have different lengths.
+    #[error(
+        "disk '{name}': the block at byte {offset} {what}: the disk here is {length} bytes long, \
+         the source's is not"
+    )]
+    OtherLength {
+        /// The name.
+        name: String,
+        /// Where the block starts.
+        offset: u64,
+        /// What shows it.
+        what: &'static str,
+        /// How long the target is.
+        length: u64,
+    },
     /// The section ended early.
     #[error(
         "disk '{name}': {missing} of {total} blocks never arrived, first at byte {offset}; the \
          source ended its migration too early (QEMU's `migrate -b` does so unless its \
-         downtime-limit is 0)"
+         downtime-limit is 0), or the disk here is longer than the source's"
     )]
     Incomplete {
         /// The name.
@@ -284,6 +302,7 @@ impl Destination {
             let length = usize::try_from(on_disk)
                 .unwrap_or(usize::MAX)
                 .min(buffer.len());
+            self.check_length(disk, offset, &buffer[length..])?;
             self.disks[disk].mark_arrived(offset..offset + length as u64);
             self.stats
                 .arrived_bytes
@@ -296,6 +315,32 @@ impl Destination {
             })?;
         }
         Ok(())
+    }
+
+    /// The wire carries no lengths, but a block that does not fit here tells that they differ.
+    fn check_length(
+        &self,
+        disk: usize,
+        offset: u64,
+        past_end: &[u8],
+    ) -> Result<(), DestinationError> {
+        let disk = &self.disks[disk];
+        let length = disk.limits.length;
+        let ends_with_disk = offset + CHUNK_BYTES == length.next_multiple_of(SECTOR_BYTES);
+        let what = if !offset.is_multiple_of(CHUNK_BYTES) && !ends_with_disk {
+            "is the last one of its disk"
+        } else if self.stats.zero_padded.load(Ordering::Relaxed) && !is_zero(past_end) {
+            "has data past the end"
+        } else {
+            return Ok(());
+        };
+        let name = disk.name.clone();
+        Err(DestinationError::OtherLength {
+            name,
+            offset,
+            what,
+            length,
+        })
     }
 
     fn take(&mut self, record: &Record) -> Result<(), DestinationError> {

@@ -20,6 +20,10 @@ const BUFFER_BUDGET_BYTES: usize = 64 << 20;
 /// A PART is ended after this many bytes, so that commands are heard.
 const PART_BYTES_MAX: u64 = 16 << 20;
 
+/// A PART is also ended after this many frames: zero blocks are short, and a guest can make them
+/// faster than they are sent.
+const PART_FRAMES_MAX: u32 = 4096;
+
 /// Extents that one allocation query looks at; a fragmented disk is asked again.
 const EXTENTS_MAX: usize = 512;
 
@@ -301,17 +305,18 @@ impl<R: Reads> SaveHandler for Source<R> {
     }
 
     fn iterate(&mut self, sink: &mut dyn Sink) -> Result<Progress, HandlerError> {
-        let mut sent = 0;
+        let (mut sent, mut frames) = (0, 0);
         let progress = loop {
             self.collect(Duration::ZERO)?;
             self.start_work()?;
             while let Some(frame) = self.schedule.next_frame() {
                 sent += self.send(&frame, sink)?;
-                if sent >= PART_BYTES_MAX || sink.allowance() == 0 {
+                frames += 1;
+                if is_full(sent, frames) || sink.allowance() == 0 {
                     break;
                 }
             }
-            if sent >= PART_BYTES_MAX || sink.allowance() == 0 {
+            if is_full(sent, frames) || sink.allowance() == 0 {
                 break Progress::Unfinished;
             }
             if self.schedule.is_idle(&Dirty(&self.disks)) {
@@ -380,6 +385,10 @@ impl<R: Reads> SaveHandler for Source<R> {
             }
         }
     }
+}
+
+fn is_full(sent_bytes: u64, frames: u32) -> bool {
+    sent_bytes >= PART_BYTES_MAX || frames >= PART_FRAMES_MAX
 }
 
 impl Disk {

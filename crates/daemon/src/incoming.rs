@@ -182,7 +182,7 @@ impl Hub {
             disks: disks.collect(),
             rest: None,
             any_machine: false,
-            residence: Some(Residence::Arrived),
+            keep_records: true,
         };
         let peer = channel.peer().to_owned();
         // What the attempt had is gone with its stack; leases put their disks back as they were.

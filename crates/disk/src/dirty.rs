@@ -87,6 +87,16 @@ impl DirtyBitmap {
         }
     }
 
+    /// Set the bits of chunks that were cleared and not looked at. Nobody has written them, so they
+    /// do not count.
+    pub(crate) fn put_back(&self, chunks: Range<u64>) {
+        for chunk in chunks.start..chunks.end.min(self.chunks) {
+            if let Some((word, bit)) = self.locate(chunk) {
+                word.fetch_or(bit, Ordering::SeqCst);
+            }
+        }
+    }
+
     /// Clear the bits of these chunks; the caller reads the chunks afterwards, never before.
     pub fn clear(&self, chunks: Range<u64>) {
         for chunk in chunks.start..chunks.end.min(self.chunks) {

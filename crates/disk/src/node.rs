@@ -624,8 +624,7 @@ impl Claim {
 
     /// Give the chunks back unread: they are dirty.
     pub fn put_back(self) {
-        let bytes = self.bytes();
-        self.node.dirty.mark(bytes.start, bytes.end - bytes.start);
+        self.node.dirty.put_back(self.chunks);
     }
 }
 

@@ -18,8 +18,8 @@ use crate::locks::{Access, ImageLock, LockError};
 /// The first bytes of a qcow2 image.
 pub const QCOW2_MAGIC: [u8; 4] = *b"QFI\xfb";
 
-/// The longest raw disk: what the kernel's file offsets can say, 8 EiB - 1.
-pub const RAW_BYTES_MAX: u64 = i64::MAX as u64;
+/// The longest raw disk, 256 TiB: bitmaps with one bit for each MiB then have 32 MiB.
+pub const RAW_BYTES_MAX: u64 = 1 << 48;
 
 /// Granularity of files whose filesystem names none that makes sense.
 const PREFERRED_BYTES: u32 = 4096;
@@ -74,12 +74,12 @@ pub enum OpenError {
         /// `read`, `read and write` or `create`.
         intent: &'static str,
     },
-    /// A length that no file can have.
+    /// A disk that is longer than we serve.
     #[error("{}: length {length} is more than {RAW_BYTES_MAX} bytes", path.display())]
     TooLong {
         /// The image.
         path: PathBuf,
-        /// The wanted length.
+        /// Its length.
         length: u64,
     },
     /// Another process uses the image, or it can't be locked.
@@ -199,6 +199,12 @@ impl RawDisk {
             let preferred = u32::try_from(metadata.blksize()).unwrap_or(PREFERRED_BYTES);
             (metadata.len(), preferred, 1)
         };
+        if length > RAW_BYTES_MAX {
+            return Err(OpenError::TooLong {
+                path: path.to_owned(),
+                length,
+            });
+        }
         let preferred_bytes = match preferred.is_power_of_two() {
             true => preferred,
             false => PREFERRED_BYTES,

@@ -62,6 +62,33 @@ fn rate(bytes: u64, elapsed: Duration) -> u64 {
     u64::try_from(u128::from(bytes) * 1_000_000_000 / nanoseconds).unwrap_or(u64::MAX)
 }
 
+/// Speed of a channel while it is used: one that is idle most of the time is no slower for that.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct BusySpeed {
+    bytes: u64,
+    busy: Duration,
+}
+
+/// The speed is that of about the last 128 to 256 MiB.
+const BUSY_WINDOW_BYTES: u64 = 256 << 20;
+
+impl BusySpeed {
+    /// So many bytes went in so much time.
+    pub(crate) fn count(&mut self, bytes: u64, took: Duration) {
+        self.bytes += bytes;
+        self.busy += took;
+        if self.bytes > BUSY_WINDOW_BYTES {
+            self.bytes /= 2;
+            self.busy /= 2;
+        }
+    }
+
+    /// Bytes per second; 0 as long as nothing was sent.
+    pub(crate) fn bytes_per_second(&self) -> u64 {
+        rate(self.bytes, self.busy)
+    }
+}
+
 /// What the downtime would consist of, were the guest stopped now.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Forecast {
@@ -168,6 +195,21 @@ mod tests {
         assert_eq!(meter.bytes_per_second(at(1000), 5000), 5000);
         meter.update(at(2000), 5000);
         assert_eq!(meter.bytes_per_second(at(2000), 5000), 0);
+    }
+
+    #[test]
+    fn a_channel_is_no_slower_for_being_idle() {
+        let mut speed = BusySpeed::default();
+        assert_eq!(speed.bytes_per_second(), 0);
+        speed.count(1000, Duration::from_millis(100));
+        assert_eq!(speed.bytes_per_second(), 10_000);
+        for _ in 0..100 {
+            speed.count(100 << 20, Duration::from_secs(1));
+        }
+        assert!(
+            speed.bytes_per_second() >> 20 >= 99,
+            "what is long ago is forgotten"
+        );
     }
 
     #[test]

@@ -10,6 +10,8 @@
 //! holds them. First the record is made durable, then SHUT 0 is sent, then guests are let in. SHUT 1
 //! is sent only where no guest was let in.
 
+use std::collections::hash_map::RandomState;
+use std::hash::{BuildHasher, Hasher};
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -70,8 +72,8 @@ pub struct DestinationJob<'a> {
     pub rest: Option<&'a mut dyn Rest>,
     /// Is a stream of any machine welcome, or only one without a machine?
     pub any_machine: bool,
-    /// What the records say afterwards; `None` removes them.
-    pub residence: Option<Residence>,
+    /// Do the records stay, for a daemon that is restarted? Else they go when all is over.
+    pub keep_records: bool,
 }
 
 /// A migration did not arrive. No guest was let in.
@@ -238,10 +240,14 @@ struct Loading<'a> {
     syncer: Syncer,
     stats: Arc<DestinationStats>,
     rest: Option<&'a mut dyn Rest>,
-    residence: Option<Residence>,
+    keep_records: bool,
+    /// Tells the records of this attempt from those of others.
+    attempt: u64,
     published: &'a Published,
     peer: String,
     greeted: bool,
+    /// When the description must have come.
+    after_eof: Option<Instant>,
 }
 
 impl<'a> Loading<'a> {
@@ -293,10 +299,12 @@ impl<'a> Loading<'a> {
             syncer,
             stats,
             rest: job.rest,
-            residence: job.residence,
+            keep_records: job.keep_records,
+            attempt: RandomState::new().build_hasher().finish(),
             published,
             peer,
             greeted: false,
+            after_eof: None,
         })
     }
 
@@ -310,13 +318,16 @@ impl<'a> Loading<'a> {
         if let Some(rest) = &mut self.rest {
             rest.finish().map_err(DestinationFailure::Rest)?;
         }
-        if let Err(error) = self.write_residence() {
+        if let Err(error) = self.write_arrived() {
             // A record that says more than is true must not be contradicted by SHUT 1.
             answers.open &= self.write_incoming().is_ok();
             return Err(error.into());
         }
         // From here on the disks live here.
         let source_told = answers.say(&ReturnMessage::Shut(0));
+        if !self.keep_records {
+            self.clear_records();
+        }
         self.leases.drain(..).for_each(|(lease, _)| lease.arrive());
         Ok(Arrived {
             ending,
@@ -327,12 +338,11 @@ impl<'a> Loading<'a> {
 
     /// Read until the stream is over.
     fn load(&mut self, answers: &mut Answers) -> Result<(), DestinationFailure> {
-        let mut after_eof = None;
         loop {
             match self.machine.step(self.input.window(), &mut self.registry)? {
                 LoadStep::End => return Ok(()),
                 LoadStep::NeedMore(bytes) => {
-                    let deadline = match (self.greeted, after_eof) {
+                    let deadline = match (self.greeted, self.after_eof) {
                         (false, _) => Some(self.input.greeting_deadline),
                         (true, eof) => eof,
                     };
@@ -340,7 +350,9 @@ impl<'a> Loading<'a> {
                         Ok(true) => {}
                         // The rest of the stream may be passed on in pieces that end anywhere.
                         Ok(false) => return self.finish(),
-                        Err(ChannelError::TimedOut { .. }) if after_eof.is_some() => return Ok(()),
+                        Err(ChannelError::TimedOut { .. }) if self.after_eof.is_some() => {
+                            return Ok(());
+                        }
                         Err(error) => return Err(error.into()),
                     }
                 }
@@ -351,7 +363,7 @@ impl<'a> Loading<'a> {
                 } => {
                     self.record(&record, used, owner, answers)?;
                     if record == StreamRecord::Eof {
-                        after_eof = Some(Instant::now() + DESCRIPTION_PATIENCE);
+                        self.after_eof = Some(Instant::now() + DESCRIPTION_PATIENCE);
                     }
                 }
                 LoadStep::Payload {
@@ -392,6 +404,11 @@ impl<'a> Loading<'a> {
         owner: Owner,
         answers: &mut Answers,
     ) -> Result<(), DestinationFailure> {
+        if let StreamRecord::Configuration(configuration) = record {
+            // Only ours has no machine; it pads the end of a disk with zeroes.
+            let ours = configuration.machine.is_empty();
+            self.stats.zero_padded.store(ours, Ordering::Relaxed);
+        }
         if !self.greeted && !matches!(record, StreamRecord::Header { .. }) {
             self.greet()?;
         }
@@ -427,16 +444,26 @@ impl<'a> Loading<'a> {
 
     fn write_incoming(&self) -> Result<(), RecordError> {
         let mut records = self.leases.iter().filter_map(|(_, record)| record.as_ref());
-        records.try_for_each(|record| record.write(Residence::Incoming, &self.peer))
+        records.try_for_each(|record| {
+            record.write_attempt(Residence::Incoming, &self.peer, Some(self.attempt))
+        })
     }
 
     /// The disks live here, as far as records are concerned, once all of them say so.
-    fn write_residence(&self) -> Result<(), RecordError> {
+    fn write_arrived(&self) -> Result<(), RecordError> {
         let mut records = self.leases.iter().filter_map(|(_, record)| record.as_ref());
-        records.try_for_each(|record| match self.residence {
-            Some(residence) => record.write(residence, &self.peer),
-            None => record.clear(),
+        records.try_for_each(|record| {
+            record.write_attempt(Residence::Arrived, &self.peer, Some(self.attempt))
         })
+    }
+
+    /// Nobody will ask: the files are whole, and that is all.
+    fn clear_records(&self) {
+        for record in self.leases.iter().filter_map(|(_, record)| record.as_ref()) {
+            if let Err(error) = record.clear() {
+                tracing::warn!(%error, "the disk has arrived, but its record could not be removed");
+            }
+        }
     }
 
     /// True if the command belongs into the rest: what is about this connection does not.
@@ -490,7 +517,7 @@ impl<'a> Loading<'a> {
     fn pass(&mut self, bytes: u64) -> Result<(), DestinationFailure> {
         let mut left = bytes;
         while left > 0 {
-            if self.input.window().is_empty() && !self.input.fill(1, None)? {
+            if self.input.window().is_empty() && !self.input.fill(1, self.after_eof)? {
                 return Err(self.truncated());
             }
             let window = self.input.window();

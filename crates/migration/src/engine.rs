@@ -217,14 +217,16 @@ impl Engine {
             sink,
         )?;
         sink.flush()?;
+        self.enter(State::Active);
         self.published.update(|status| {
-            status.state = State::Active;
             status.setup_time = status.begun.map(|begun| begun.elapsed());
             status.pass = 1;
         });
         let completing = self.converge(iterating, leases, registry, stats, sink, two_way)?;
-        let held_at = Instant::now();
         let stopped = self.stop_guests(leases)?;
+        let held_at = Instant::now();
+        let deadline = held_at + BARRIER_PATIENCE;
+        sink.set_deadline(deadline);
         self.throttle.lift();
         let barrier = two_way.then_some(BARRIER);
         self.last_pong = None;
@@ -232,7 +234,6 @@ impl Engine {
         sink.flush()?;
         self.publish_figures(stats, sink.taken_bytes());
         if two_way {
-            let deadline = Instant::now() + BARRIER_PATIENCE;
             while self.last_pong.is_none_or(|(value, _)| value != BARRIER) {
                 self.listen(deadline.min(Instant::now() + TICK))?;
                 if Instant::now() >= deadline {
@@ -253,24 +254,28 @@ impl Engine {
         sink: &mut ChannelSink,
         two_way: bool,
     ) -> Result<Completing, SourceFailure> {
-        let mut watch = Watch::new(leases, sink.taken_bytes());
+        let mut watch = Watch::new(leases);
         loop {
             self.listen(Instant::now())?;
+            let (begun, before) = (Instant::now(), sink.taken_bytes());
             let progress = iterating.iterate(registry, sink)?;
             sink.flush()?;
+            watch.iterated(leases, sink.taken_bytes() - before, begun.elapsed());
             watch.pong(self.last_pong);
-            watch.measure(leases, sink.taken_bytes());
             self.publish_figures(stats, sink.taken_bytes());
             if let TotalPending::Dirty(dirty) = iterating.pending(registry) {
                 if two_way && watch.wants_ping(progress) {
-                    let value = watch.next_ping();
+                    let value = watch.next_ping(progress, &dirty);
                     iterating.command(StreamCommand::Ping(value), sink)?;
                     sink.flush()?;
                 }
                 let forecast = watch.forecast(&dirty, two_way);
                 self.publish_forecast(&mut watch, stats, &dirty, forecast);
                 let limit = self.parameters.downtime_limit;
-                let fits = |_: &DirtyTotal| forecast.is_some_and(|f| f.total() <= limit);
+                let fits = |dirty: &DirtyTotal| {
+                    forecast.is_some_and(|forecast| forecast.total() <= limit)
+                        || watch.is_at_best(progress, dirty)
+                };
                 match iterating.try_complete(registry, fits) {
                     Ready::Go(completing) => return Ok(completing),
                     Ready::NotYet(same, _) => iterating = same,
@@ -290,6 +295,15 @@ impl Engine {
             Progress::Finished => self.listen(Instant::now() + TICK / 10),
             Progress::Waiting | Progress::Unfinished => Ok(()),
         }
+    }
+
+    /// Tell the next state, unless a cancel is under way.
+    fn enter(&self, state: State) {
+        self.published.update(|status| {
+            if status.state != State::Cancelling {
+                status.state = state;
+            }
+        });
     }
 
     /// Hold the guests' writes, wait for those in flight, and for leave to go on.
@@ -313,11 +327,11 @@ impl Engine {
                 }
             }
         }
-        self.published.update(|status| status.state = state);
+        self.enter(state);
         while pausing && !self.go_on {
             self.listen(Instant::now() + TICK)?;
         }
-        self.published.update(|status| status.state = State::Device);
+        self.enter(State::Device);
         Ok(GuestStopped::assert_drained())
     }
 
@@ -488,7 +502,7 @@ impl Engine {
         let limit = self.parameters.downtime_limit;
         self.published.update(|status| {
             status.remaining_bytes = dirty.bytes;
-            status.bandwidth = watch.bandwidth;
+            status.bandwidth = watch.bandwidth();
             status.dirty_rate = watch.dirty_rate;
             status.expected_downtime = forecast.map(|forecast| forecast.total());
             status.stall = match forecast {
@@ -496,7 +510,7 @@ impl Engine {
                     let total = forecast.total();
                     Some(stall_message(
                         watch.dirty_rate,
-                        watch.bandwidth,
+                        watch.bandwidth(),
                         total,
                         limit,
                     ))

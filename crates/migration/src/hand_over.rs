@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 
 use vmferry_disk::{InUse, Lease, Leaving, Node};
 
-use crate::record::{RecordError, RecordFile, Residence};
+use crate::record::{Record, RecordError, RecordFile, Residence};
 
 /// A disk that can leave.
 #[derive(Clone, Debug)]
@@ -47,8 +47,18 @@ pub struct Committed {
 struct Departing {
     leaving: Leaving,
     record: Option<RecordFile>,
-    /// What the record said before.
-    before: Option<Residence>,
+    before: Before,
+}
+
+/// What a record said before it said `leaving`.
+#[derive(Clone, Debug)]
+enum Before {
+    /// There was none.
+    Nothing,
+    /// This.
+    Record(Record),
+    /// That is not known any more, after a restart.
+    Forgotten,
 }
 
 impl Committed {
@@ -58,39 +68,31 @@ impl Committed {
         peer: &str,
         gate: &CancelGate,
     ) -> Result<Self, CommitError> {
-        let mut departing = Vec::with_capacity(disks.len());
-        let mut failed = None;
-        for (lease, record) in disks {
-            // A lease leaves only once it is certain that all do.
-            match record
-                .as_ref()
-                .map(|record| leave(record, peer))
-                .transpose()
-            {
-                Ok(before) => departing.push((lease, record, before.flatten())),
-                Err(error) => {
-                    failed = Some(error);
-                    break;
-                }
-            }
-        }
-        let committed = match failed {
-            Some(error) => Err(CommitError::Record(error)),
-            None if !gate.commit() => Err(CommitError::Cancelled),
-            None => Ok(()),
+        let befores: Vec<Before> = disks
+            .iter()
+            .map(|(_, record)| Before::read(record.as_ref()))
+            .collect::<Result<_, _>>()
+            .map_err(CommitError::Record)?;
+        let mut records = disks.iter().filter_map(|(_, record)| record.as_ref());
+        let written = records.try_for_each(|record| record.write(Residence::Leaving, peer));
+        // A lease leaves only once it is certain that all do.
+        let committed = match written {
+            Err(error) => Err(CommitError::Record(error)),
+            Ok(()) if !gate.commit() => Err(CommitError::Cancelled),
+            Ok(()) => Ok(()),
         };
         if let Err(error) = committed {
-            for (_, record, before) in &departing {
-                restore(record.as_ref(), *before, peer);
+            for ((_, record), before) in disks.iter().zip(&befores) {
+                before.restore(record.as_ref(), peer);
             }
             return Err(error);
         }
-        let depart = |(lease, record, before): (Lease, _, _)| Departing {
+        let depart = |((lease, record), before): ((Lease, _), _)| Departing {
             leaving: lease.leave(),
             record,
             before,
         };
-        let disks = departing.into_iter().map(depart).collect();
+        let disks = disks.into_iter().zip(befores).map(depart).collect();
         Ok(Self {
             disks,
             peer: peer.to_owned(),
@@ -109,8 +111,7 @@ impl Committed {
         let disks = leases.into_iter().map(|(lease, record)| Departing {
             leaving: lease.leave(),
             record,
-            // Whatever it was, it lives here if it is decided so, also if told to wait.
-            before: Some(Residence::Arrived),
+            before: Before::Forgotten,
         });
         Ok(Self {
             disks: disks.collect(),
@@ -139,7 +140,7 @@ impl Committed {
         {
             match decision {
                 Decision::Serve => {
-                    restore(record.as_ref(), before, &self.peer);
+                    before.restore(record.as_ref(), &self.peer);
                     leaving.serve_on();
                 }
                 Decision::GiveUp => {
@@ -163,22 +164,25 @@ pub(crate) enum CommitError {
     Cancelled,
 }
 
-/// Write `leaving`; returns what was written there before.
-fn leave(record: &RecordFile, peer: &str) -> Result<Option<Residence>, RecordError> {
-    let before = record.read()?.map(|record| record.residence);
-    record.write(Residence::Leaving, peer)?;
-    Ok(before)
-}
+impl Before {
+    fn read(record: Option<&RecordFile>) -> Result<Self, RecordError> {
+        let before = record.map(RecordFile::read).transpose()?.flatten();
+        Ok(before.map_or(Self::Nothing, Self::Record))
+    }
 
-/// A record that cannot be put back makes a restarted daemon hold its disk: safe, and worth a word.
-fn restore(record: Option<&RecordFile>, before: Option<Residence>, peer: &str) {
-    let Some(record) = record else { return };
-    let restored = match before {
-        Some(before) => record.write(before, peer),
-        None => record.clear(),
-    };
-    if let Err(error) = restored {
-        tracing::warn!(%error, "the disk stays here, but its record still says that it leaves");
+    /// A record that cannot be put back makes a restarted daemon hold its disk: safe, and worth a
+    /// word.
+    fn restore(&self, record: Option<&RecordFile>, peer: &str) {
+        let Some(record) = record else { return };
+        let restored = match self {
+            Self::Nothing => record.clear(),
+            Self::Record(before) => record.put(before),
+            // It lives here, also where it is told to wait for a migration.
+            Self::Forgotten => record.write(Residence::Arrived, peer),
+        };
+        if let Err(error) = restored {
+            tracing::warn!(%error, "the disk stays here, but its record still says that it leaves");
+        }
     }
 }
 

@@ -59,6 +59,15 @@ pub struct Record {
     pub residence: Residence,
     /// The other side, as far as it is known.
     pub peer: String,
+    /// Which attempt to fill it; disks that arrive together have the same.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub attempt: Option<u64>,
+    /// It was taken back once: doing so again, after it has moved again, wants a person.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub taken_back: bool,
+    /// Its image, where the record is not beside it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image: Option<PathBuf>,
 }
 
 /// A record could not be read or written.
@@ -73,6 +82,18 @@ pub enum RecordError {
         operation: &'static str,
         /// What the host said.
         source: std::io::Error,
+    },
+    /// Two disks of one name share a state folder.
+    #[error(
+        "record '{}' is that of another disk of this name, {}; give each its own state folder",
+        path.display(),
+        image.display()
+    )]
+    OtherImage {
+        /// Which file.
+        path: PathBuf,
+        /// The image that it is about.
+        image: PathBuf,
     },
     /// The file is not a record.
     #[error("record '{}' is damaged ({reason}); remove it only if you know where the disk lives", path.display())]
@@ -89,6 +110,8 @@ pub enum RecordError {
 pub struct RecordFile {
     disk: String,
     path: PathBuf,
+    /// The image, where the record is not beside it.
+    image: Option<PathBuf>,
 }
 
 impl RecordFile {
@@ -103,9 +126,11 @@ impl RecordFile {
                 PathBuf::from(path)
             }
         };
+        let absolute = || std::path::absolute(image).unwrap_or_else(|_| image.to_owned());
         Self {
             disk: name.to_owned(),
             path,
+            image: state_dir.map(|_| absolute()),
         }
     }
 
@@ -137,22 +162,66 @@ impl RecordFile {
         if record.version != 1 {
             return Err(self.damaged(format!("version {}", record.version)));
         }
-        Ok(Some(record))
+        match (&record.image, &self.image) {
+            (Some(theirs), Some(ours)) if theirs != ours => Err(RecordError::OtherImage {
+                path: self.path.clone(),
+                image: theirs.clone(),
+            }),
+            _ => Ok(Some(record)),
+        }
     }
 
     /// Say where the disk stands. Durable when this returns.
     ///
     /// # Errors
-    /// What the host said; the old record is then still there.
+    /// What the host said. The old record is then still there, unless only syncing the folder failed.
     pub fn write(&self, residence: Residence, peer: &str) -> Result<(), RecordError> {
-        let peer = peer.chars().take(1024).collect();
-        let record = Record {
+        self.write_attempt(residence, peer, None)
+    }
+
+    /// [`RecordFile::write`], for a disk that arrives together with others.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn write_attempt(
+        &self,
+        residence: Residence,
+        peer: &str,
+        attempt: Option<u64>,
+    ) -> Result<(), RecordError> {
+        let taken_back = self.read()?.is_some_and(|record| record.taken_back);
+        self.put(&self.record(residence, peer, attempt, taken_back))
+    }
+
+    /// Say that the disk lives here because somebody has said so, against the record.
+    ///
+    /// # Errors
+    /// As [`RecordFile::write`].
+    pub fn take_back(&self, peer: &str) -> Result<(), RecordError> {
+        self.put(&self.record(Residence::Arrived, peer, None, true))
+    }
+
+    fn record(
+        &self,
+        residence: Residence,
+        peer: &str,
+        attempt: Option<u64>,
+        taken_back: bool,
+    ) -> Record {
+        Record {
             version: 1,
             disk: self.disk.clone(),
             residence,
-            peer,
-        };
-        let text = serde_json::to_vec(&record).map_err(|e| self.damaged(e.to_string()))?;
+            peer: peer.chars().take(1024).collect(),
+            attempt,
+            taken_back,
+            image: self.image.clone(),
+        }
+    }
+
+    /// Write this record as it is.
+    pub(crate) fn put(&self, record: &Record) -> Result<(), RecordError> {
+        let text = serde_json::to_vec(record).map_err(|e| self.damaged(e.to_string()))?;
         let mut fresh = self.path.as_os_str().to_owned();
         fresh.push(".new");
         let fresh = PathBuf::from(fresh);
@@ -246,6 +315,33 @@ mod tests {
         record.clear().expect("removable");
         record.clear().expect("nothing to remove is fine");
         assert_eq!(record.read().expect("readable"), None);
+    }
+
+    #[test]
+    fn a_state_folder_tells_disks_of_one_name_apart() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let record = |image: &str| RecordFile::new("root", Path::new(image), Some(folder.path()));
+        record("/vm/a")
+            .write(Residence::Moved, "b")
+            .expect("writable");
+        assert!(record("/vm/a").read().expect("readable").is_some());
+        let error = record("/vm/b")
+            .read()
+            .expect_err("the record of another disk");
+        assert!(error.to_string().contains("/vm/a"), "{error}");
+        record("/vm/b")
+            .write(Residence::Arrived, "b")
+            .expect_err("not ours to overwrite");
+    }
+
+    #[test]
+    fn being_taken_back_is_remembered() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let record = RecordFile::new("root", &folder.path().join("root"), None);
+        record.take_back("b").expect("writable");
+        record.write(Residence::Moved, "c").expect("writable");
+        let read = record.read().expect("readable").expect("a record");
+        assert_eq!((read.residence, read.taken_back), (Residence::Moved, true));
     }
 
     #[test]

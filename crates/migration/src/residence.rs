@@ -1,6 +1,6 @@
 //! What a daemon does with its disks when it starts, by their records.
 
-use crate::record::Residence;
+use crate::record::{Record, Residence};
 
 /// How a disk begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,6 +35,17 @@ pub enum StartError {
         /// Where from.
         peer: String,
     },
+    /// `--take-back` stands in a command line that runs again and again.
+    #[error(
+        "disk '{disk}' was taken back before, and has left for {peer} since; if it must be taken back \
+         again, remove its record first"
+    )]
+    TakenBackBefore {
+        /// Its name.
+        disk: String,
+        /// Whereto.
+        peer: String,
+    },
     /// Some disks live here already, others never began to arrive.
     #[error(
         "disk '{disk}' has arrived here already, so it cannot be received again; start without \
@@ -46,13 +57,13 @@ pub enum StartError {
     },
 }
 
-/// A disk, and what its record says: where it stands, and the other side.
+/// A disk, and what its record says.
 #[derive(Clone, Debug)]
 pub struct Standing {
     /// Its name.
     pub disk: String,
     /// What its record says.
-    pub record: Option<(Residence, String)>,
+    pub record: Option<Record>,
     /// Somebody has said that it lives here, whatever the record says.
     pub taken_back: bool,
 }
@@ -60,44 +71,55 @@ pub struct Standing {
 /// How the disks of a daemon begin, in their order. `incoming`: it was told to wait for a migration.
 ///
 /// Disks that arrive together live together: as long as one of them is not whole, none lives here,
-/// for the destination lets guests in only after all of them were written down.
+/// for the destination lets guests in only after all of them were written down. A disk that has moved
+/// away may come back; whoever opens it asks whether it may be overwritten.
 ///
 /// # Errors
 /// A disk that must not be served.
 pub fn start(disks: &[Standing], incoming: bool) -> Result<Vec<Start>, StartError> {
-    let says = |disk: &Standing| disk.record.as_ref().map(|(residence, _)| *residence);
-    let has = |wanted: Residence| {
-        disks
-            .iter()
-            .any(|d| !d.taken_back && says(d) == Some(wanted))
+    disks
+        .iter()
+        .map(|disk| start_one(disk, disks, incoming))
+        .collect()
+}
+
+fn start_one(disk: &Standing, all: &[Standing], incoming: bool) -> Result<Start, StartError> {
+    let Some(record) = &disk.record else {
+        return Ok(if incoming && !disk.taken_back {
+            Start::Waiting
+        } else {
+            Start::Live
+        });
     };
-    let is_fresh = |disk: &Standing| !disk.taken_back && disk.record.is_none();
-    let one = |disk: &Standing| {
-        if disk.taken_back {
-            return Ok(Start::Live);
+    let (name, peer) = (disk.disk.clone(), record.peer.clone());
+    let others = || all.iter().filter(|other| !other.taken_back);
+    match record.residence {
+        Residence::Moved | Residence::Leaving if disk.taken_back && record.taken_back => {
+            Err(StartError::TakenBackBefore { disk: name, peer })
         }
-        let name = disk.disk.clone();
-        match (&disk.record, incoming) {
-            (Some((Residence::Moved, peer)), _) => Err(StartError::Moved {
-                disk: name,
-                peer: peer.clone(),
-            }),
-            (Some((Residence::Leaving, _)), _) => Ok(Start::Undecided),
-            (Some((Residence::Incoming, peer)), false) => Err(StartError::NotWhole {
-                disk: name,
-                peer: peer.clone(),
-            }),
-            (Some((Residence::Incoming, _)), true) => Ok(Start::Waiting),
-            (Some((Residence::Arrived, _)), true) if has(Residence::Incoming) => Ok(Start::Waiting),
-            (Some((Residence::Arrived, _)), true) if disks.iter().any(is_fresh) => {
-                Err(StartError::ArrivedAlready { disk: name })
-            }
-            (Some((Residence::Arrived, _)), _) => Ok(Start::Live),
-            (None, true) => Ok(Start::Waiting),
-            (None, false) => Ok(Start::Live),
+        _ if disk.taken_back => Ok(Start::Live),
+        Residence::Leaving => Ok(Start::Undecided),
+        Residence::Moved if !incoming => Err(StartError::Moved { disk: name, peer }),
+        Residence::Incoming if !incoming => Err(StartError::NotWhole { disk: name, peer }),
+        Residence::Moved | Residence::Incoming => Ok(Start::Waiting),
+        Residence::Arrived if !incoming => Ok(Start::Live),
+        Residence::Arrived if others().any(|other| is_torn_from(record, other)) => {
+            Ok(Start::Waiting)
         }
-    };
-    disks.iter().map(one).collect()
+        Residence::Arrived if others().any(|other| other.record.is_none()) => {
+            Err(StartError::ArrivedAlready { disk: name })
+        }
+        Residence::Arrived => Ok(Start::Live),
+    }
+}
+
+/// The other disk did not arrive in the attempt in which this one did.
+fn is_torn_from(arrived: &Record, other: &Standing) -> bool {
+    other.record.as_ref().is_some_and(|other| {
+        other.residence == Residence::Incoming
+            && other.attempt.is_some()
+            && other.attempt == arrived.attempt
+    })
 }
 
 #[cfg(test)]
@@ -105,9 +127,17 @@ mod tests {
     use super::*;
 
     fn disks(records: &[Option<Residence>]) -> Vec<Standing> {
-        let standing = |(index, record): (usize, &Option<Residence>)| Standing {
+        let standing = |(index, residence): (usize, &Option<Residence>)| Standing {
             disk: format!("disk{index}"),
-            record: record.map(|residence| (residence, "tcp:peer:1".to_owned())),
+            record: residence.map(|residence| Record {
+                version: 1,
+                disk: format!("disk{index}"),
+                residence,
+                peer: "tcp:peer:1".to_owned(),
+                attempt: Some(7),
+                taken_back: false,
+                image: None,
+            }),
             taken_back: false,
         };
         records.iter().enumerate().map(standing).collect()
@@ -127,10 +157,14 @@ mod tests {
 
     #[test]
     fn what_moved_or_is_not_whole_is_refused() {
-        for incoming in [false, true] {
-            let error = start(&disks(&[None, Some(Residence::Moved)]), incoming);
-            assert!(matches!(error, Err(StartError::Moved { disk, .. }) if disk == "disk1"));
-        }
+        let moved = disks(&[None, Some(Residence::Moved)]);
+        let error = start(&moved, false);
+        assert!(matches!(error, Err(StartError::Moved { disk, .. }) if disk == "disk1"));
+        assert_eq!(
+            start(&moved, true),
+            Ok(vec![Start::Waiting; 2]),
+            "it may come back"
+        );
         let error = start(&disks(&[Some(Residence::Incoming)]), false);
         assert!(matches!(error, Err(StartError::NotWhole { .. })));
         assert_eq!(
@@ -159,6 +193,32 @@ mod tests {
             start(&added, true),
             Err(StartError::ArrivedAlready { .. })
         ));
+    }
+
+    #[test]
+    fn only_disks_of_one_attempt_are_torn() {
+        let mut mixed = disks(&[Some(Residence::Arrived), Some(Residence::Incoming)]);
+        if let Some(record) = &mut mixed[1].record {
+            record.attempt = Some(8);
+        }
+        assert_eq!(start(&mixed, true), Ok(vec![Start::Live, Start::Waiting]));
+    }
+
+    #[test]
+    fn a_command_line_takes_back_once() {
+        for residence in [Residence::Moved, Residence::Leaving] {
+            let mut disk = disks(&[Some(residence)]);
+            disk[0].taken_back = true;
+            assert_eq!(start(&disk, false), Ok(vec![Start::Live]));
+            if let Some(record) = &mut disk[0].record {
+                record.taken_back = true;
+            }
+            let error = start(&disk, false);
+            assert!(
+                matches!(error, Err(StartError::TakenBackBefore { .. })),
+                "{error:?}"
+            );
+        }
     }
 
     #[test]

@@ -42,6 +42,9 @@ impl Throttle {
     }
 }
 
+/// Reads of the disk, most likely: the channel would have said so itself.
+const TOO_SLOW: &str = "the last chunks could not be read in time";
+
 /// Small pieces are collected up to this many bytes.
 const COLLECT_BYTES: usize = 64 << 10;
 
@@ -50,6 +53,7 @@ pub(crate) struct ChannelSink {
     writer: Writer,
     small: Vec<u8>,
     limit: RateLimit,
+    deadline: Option<Instant>,
 }
 
 impl ChannelSink {
@@ -59,7 +63,13 @@ impl ChannelSink {
             writer,
             small: Vec::with_capacity(2 * COLLECT_BYTES),
             limit,
+            deadline: None,
         }
+    }
+
+    /// Guests wait from now on: the channel must have taken everything by then.
+    pub(crate) fn set_deadline(&mut self, deadline: Instant) {
+        self.deadline = Some(deadline);
     }
 
     /// Bytes that the channel has taken.
@@ -69,7 +79,7 @@ impl ChannelSink {
 
     pub(crate) fn flush(&mut self) -> Result<(), ChannelError> {
         if !self.small.is_empty() {
-            self.writer.write_all(&self.small)?;
+            self.writer.write_all_until(&self.small, self.deadline)?;
             self.small.clear();
         }
         Ok(())
@@ -100,7 +110,8 @@ impl ChannelSink {
         let mut slices = Vec::with_capacity(parts.len() + 1);
         slices.push(IoSlice::new(&self.small));
         slices.extend(parts.iter().map(|part| IoSlice::new(part)));
-        self.writer.write_vectored_all(&slices)?;
+        self.writer
+            .write_vectored_all_until(&slices, self.deadline)?;
         self.small.clear();
         Ok(())
     }
@@ -117,9 +128,11 @@ impl Sink for ChannelSink {
 
     fn check(&self) -> Result<(), HandlerError> {
         if self.writer.stop().is_triggered() {
-            Err(ChannelError::Stopped.into())
-        } else {
-            Ok(())
+            return Err(ChannelError::Stopped.into());
+        }
+        match self.deadline {
+            Some(deadline) if Instant::now() >= deadline => Err(TOO_SLOW.into()),
+            _ => Ok(()),
         }
     }
 }

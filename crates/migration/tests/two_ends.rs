@@ -80,7 +80,7 @@ fn migrate(sources: &[&End], targets: &[&End]) -> (Status, Result<Arrived, Desti
             disks,
             rest: None,
             any_machine: false,
-            residence: None,
+            keep_records: false,
         };
         receive(there, job, &Published::default())
     });

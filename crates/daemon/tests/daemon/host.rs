@@ -74,7 +74,7 @@ impl Host {
                 let record = self.record(name).read().unwrap();
                 Standing {
                     disk: (*name).to_owned(),
-                    record: record.map(|record| (record.residence, record.peer)),
+                    record,
                     taken_back: settings.take_back,
                 }
             })

@@ -372,7 +372,12 @@ fn create_makes_a_private_file_or_none() {
             );
             assert!(!other.exists(), "a half-made file stays behind");
         }
-        Ok(_) => println!("left out: this filesystem takes files of 8 EiB"),
+        Ok(_) => println!("left out: this filesystem takes files of {RAW_BYTES_MAX} bytes"),
+    }
+    let long = fs::File::create(folder.path().join("long")).unwrap();
+    if long.set_len(RAW_BYTES_MAX + 1).is_ok() {
+        let error = RawDisk::open(folder.path().join("long"), WRITABLE).unwrap_err();
+        assert!(matches!(error, OpenError::TooLong { .. }), "{error}");
     }
     let error = RawDisk::create(folder.path().join("no/where"), 1, true).unwrap_err();
     assert!(error.to_string().contains("no/where"), "{error}");

@@ -217,7 +217,7 @@ fn a_stream_of_any_machine_is_taken_if_it_may() {
         disks: destination_disks(&host),
         rest: None,
         any_machine: true,
-        residence: None,
+        keep_records: false,
     };
     let stop = Stop::new().expect("an event");
     let there = channel(there, Direction::Incoming, &stop);
@@ -637,7 +637,7 @@ fn feed_with_rest(bytes: &[u8], writes_left: Option<usize>) -> (Received, Kept) 
         disks: destination_disks(&host),
         rest: Some(&mut kept),
         any_machine: true,
-        residence: Some(Residence::Arrived),
+        keep_records: true,
     };
     let stop = Stop::new().expect("an event");
     let there = channel(there, Direction::Incoming, &stop);
@@ -664,7 +664,7 @@ fn two_disks_of_one_name_are_refused() {
         disks: vec![disk(), disk()],
         rest: None,
         any_machine: false,
-        residence: None,
+        keep_records: false,
     };
     let there = channel(there, Direction::Incoming, &stop);
     let error = receive(there, job, &Published::default()).expect_err("refused");

@@ -86,7 +86,7 @@ impl Host {
             let record = record.read().expect("readable");
             Standing {
                 disk: "disk".to_owned(),
-                record: record.map(|record| (record.residence, record.peer)),
+                record,
                 taken_back: false,
             }
         };
@@ -172,7 +172,7 @@ pub(crate) fn start_destination_with(
             disks,
             rest: None,
             any_machine: false,
-            residence: Some(Residence::Arrived),
+            keep_records: true,
         };
         let channel = channel(socket, Direction::Incoming, &stop);
         receive(channel, job, &Published::default())

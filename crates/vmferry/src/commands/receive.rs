@@ -64,7 +64,7 @@ pub(crate) fn run(flags: &ReceiveFlags) -> Result<Exit, Failure> {
         disks: filled.clone(),
         rest: saved.as_mut().map(|saved| saved as &mut dyn Rest),
         any_machine: true,
-        residence: None,
+        keep_records: false,
     };
     let outcome = watched(&signals, &stop, &published, || {
         let channel = open(&flags.uri, listener, &stop)?;
