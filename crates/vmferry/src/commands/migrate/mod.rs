@@ -25,21 +25,13 @@ pub(crate) fn run(flags: &MigrateFlags) -> Result<Exit, Failure> {
         return check(flags, &mut daemon);
     }
     if matches!(flags.uri, Uri::File { .. }) && !flags.one_way {
-        return Err(
-            Failure::refused(format!("{}: a file cannot answer", flags.uri)).hint(
-                "with --one-way nobody confirms that the disks arrived (see vmferry help migrate)",
-            ),
-        );
-    }
-    if matches!(flags.uri, Uri::File { .. }) && !flags.one_way {
-        // Before it is emptied.
-        return Err(Failure::refused(format!(
-            "{}: a file cannot answer, so nobody can tell whether the disks arrive",
-            flags.uri
-        ))
-        .hint("--one-way migrates without an answer"));
+        // Before it is made.
+        return Err(cannot_answer(&flags.uri));
     }
     let mut target = Target::open(&flags.uri)?;
+    if target.is_one_way() && !flags.one_way {
+        return Err(cannot_answer(&flags.uri));
+    }
     let uri = target.hand_over(&mut daemon, &flags.daemon.qmp)?;
     daemon.execute("migrate", &arguments(flags, uri))?;
     if flags.detach {
@@ -54,6 +46,13 @@ pub(crate) fn run(flags: &MigrateFlags) -> Result<Exit, Failure> {
             outcome.into_result()
         }
     }
+}
+
+fn cannot_answer(uri: &Uri) -> Failure {
+    Failure::refused(format!(
+        "{uri} cannot answer, so nobody could tell whether the disks arrive"
+    ))
+    .hint("--one-way migrates without an answer")
 }
 
 /// Ask the daemon what would go wrong. Nothing is opened here for it: a command that is run, or a

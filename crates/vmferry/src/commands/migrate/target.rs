@@ -10,6 +10,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+use rustix::fs::{FileType, fstat};
 use vmferry_channel::Uri;
 
 use crate::commands::daemon::{Daemon, Refusal};
@@ -72,6 +73,19 @@ impl Target {
                 let (socket, command) = RunningCommand::start(command).map_err(failed)?;
                 Ok(Self::Command { socket, command })
             }
+        }
+    }
+
+    /// Can nothing come back from there?
+    pub(super) fn is_one_way(&self) -> bool {
+        match self {
+            Self::Address(_) | Self::Command { .. } => false,
+            Self::File { .. } => true,
+            // The daemon finds out about anything stranger.
+            Self::Descriptor(fd) => fstat(fd).is_ok_and(|stat| {
+                let kind = FileType::from_raw_mode(stat.st_mode);
+                matches!(kind, FileType::Fifo | FileType::RegularFile)
+            }),
         }
     }
 
