@@ -103,6 +103,38 @@ fn a_file_keeps_a_migration_until_it_is_received() {
     assert_eq!(cut.status.code(), Some(1), "{errors}");
 }
 
+/// `migrate - | receive -`, and not without being told that nothing comes back through a pipe.
+#[test]
+fn a_pipe_carries_a_migration_one_way() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let [from, to] = ["from", "to"].map(|name| dir.path().join(name));
+    disk::random(&from, SIZE, &mut seeded());
+    let source = serve(dir.path(), "source", &from);
+    let control = source.control();
+    let refused = run(["migrate", "--qmp", &control, "-"]);
+    let errors = String::from_utf8_lossy(&refused.stderr);
+    assert_eq!(refused.status.code(), Some(4), "{errors}");
+    assert!(errors.contains("cannot answer"), "{errors}");
+
+    let script = r#"
+        set -e
+        { "$0" migrate --qmp "$1" --one-way - || echo "migrate: $?" >&2; } |
+            "$0" receive - --disk "$2"
+    "#;
+    let output = Command::new("/bin/sh")
+        .args(["-c", script, PROGRAM, &control, &made(&to)])
+        .stdin(Stdio::null())
+        .output()
+        .expect("a shell can be run");
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{errors}");
+    assert!(!errors.contains("migrate: "), "{errors}");
+    // Its reports make way for the stream.
+    assert!(errors.contains("completed"), "{errors}");
+    source.end();
+    disk::assert_same(&from, &to);
+}
+
 /// Both commands are started with an end of one socket.
 #[test]
 fn descriptors_are_handed_over() {

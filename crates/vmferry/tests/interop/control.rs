@@ -9,6 +9,7 @@ use vmferry_nbd::{Client, ClientSettings};
 
 use crate::hosts::{Hosts, MIB};
 use crate::need;
+use crate::peers::serve::Serve;
 use crate::peers::writer::Writer;
 use crate::peers::{disk, find, seeded};
 
@@ -31,6 +32,29 @@ fn the_qmp_client_of_qemu_s_project_drives_a_migration() {
     hosts.destination.ended();
     hosts.source.end();
     disk::assert_same(&hosts.from, &hosts.to);
+}
+
+/// A daemon that was started without an address gets it from `migrate-incoming`.
+#[test]
+fn migrate_incoming_says_where_to_wait() {
+    let hosts = Hosts::new(4 * MIB, &mut seeded());
+    let to = hosts.dir.path().join("late");
+    let made = format!("disk0={},create=on,size={}", to.display(), 4 * MIB);
+    let late = Serve::start(
+        hosts.dir.path(),
+        "late",
+        ["--disk", &made, "--incoming", "defer"],
+    );
+    let uri = format!("unix:{}", hosts.dir.path().join("in").display());
+    let mut qmp = late.qmp();
+    qmp.execute("migrate-incoming", &json!({"uri": uri}));
+    let again = qmp.try_execute("migrate-incoming", &json!({"uri": uri}));
+    assert!(again.is_err(), "{again:?}");
+    hosts.source.migrate(&uri, []).succeeds();
+    late.wait_status("completed");
+    late.end();
+    hosts.source.end();
+    disk::assert_same(&hosts.from, &to);
 }
 
 /// One write of a guest that is held: a read that was asked for later is answered, with the old content.

@@ -97,7 +97,7 @@ fn sigterm_during_a_migration_cancels_it_and_ends_with_the_disk_whole() {
     writer.wait_more(100);
     hosts.source.signal(Signal::TERM);
     hosts.source.ended();
-    let log = writer.left_behind();
+    let log = writer.cut_off();
     // Whoever watched knows that nothing is undecided.
     migrate.event("cancelled");
     migrate.fails(130);
@@ -107,6 +107,43 @@ fn sigterm_during_a_migration_cancels_it_and_ends_with_the_disk_whole() {
     let source = serve(hosts.dir.path(), "source", &hosts.from);
     let writer = Writer::start(&source.nbd("disk0"), &mut rng);
     serves_on_and_can_move(Hosts { source, ..hosts }, writer);
+}
+
+/// Nobody could say goodbye: the watcher says what it does not know, and a daemon that is started again knows it.
+#[test]
+fn a_crash_of_the_source_leaves_the_disk_here() {
+    let mut rng = seeded();
+    let hosts = Hosts::new(16 * MIB, &mut rng);
+    let writer = Writer::start(&hosts.source.nbd("disk0"), &mut rng);
+    let mut migrate = hosts.migrate_slowly();
+    writer.wait_more(100);
+    hosts.source.crash();
+    let message = migrate.fails(3);
+    assert!(message.contains("lost the daemon"), "{message}");
+    let log = writer.cut_off();
+    log.verify(&hosts.from);
+
+    let source = serve(hosts.dir.path(), "source", &hosts.from);
+    let writer = Writer::start(&source.nbd("disk0"), &mut rng);
+    serves_on_and_can_move(Hosts { source, ..hosts }, writer);
+}
+
+/// Without `--json`: progress on standard error, the outcome on standard output, each as lines.
+#[test]
+fn a_person_reads_how_it_goes() {
+    let hosts = Hosts::new(16 * MIB, &mut seeded());
+    let control = hosts.source.control();
+    let uri = hosts.destination.incoming();
+    let output = run(["migrate", "--qmp", &control, &uri]);
+    let errors = String::from_utf8(output.stderr).expect("it prints UTF-8");
+    assert!(output.status.success(), "{errors}");
+    let said = String::from_utf8(output.stdout).expect("it prints UTF-8");
+    assert!(said.starts_with("completed: 16.0 MiB of disks"), "{said}");
+    assert_eq!(said.lines().count(), 1, "{said}");
+    assert!(
+        errors.lines().all(|line| line.starts_with("vmferry: ")),
+        "{errors}"
+    );
 }
 
 #[test]

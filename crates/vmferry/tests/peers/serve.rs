@@ -31,7 +31,8 @@ impl Serve {
         all.extend(["--qmp".to_owned(), format!("unix:{}", qmp.display())]);
         // The doors are reported in the order in which they are given, the wait for a migration last; all are open when
         // the first is reported.
-        let waits = all.iter().any(|arg| arg == "--incoming");
+        let waits =
+            all.iter().any(|arg| arg == "--incoming") && !all.iter().any(|arg| arg == "defer");
         let last = if waits { "incoming" } else { "qmp" };
         let mut program = Vmferry::start(all);
         let mut doors = Vec::new();

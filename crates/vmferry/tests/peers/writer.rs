@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use vmferry_channel::Stop;
 use vmferry_nbd::client::Operation;
+use vmferry_nbd::protocol::Errno;
 use vmferry_nbd::{Client, ClientSettings, NbdError};
 
 use super::until;
@@ -50,6 +51,8 @@ pub(crate) struct Log {
     acknowledged: BTreeMap<u64, Content>,
     /// Writes that nobody answered, at most one for each block.
     unanswered: BTreeMap<u64, Content>,
+    /// What the first write that failed was told.
+    error: Option<Errno>,
     /// Number of acknowledged writes.
     pub(crate) count: u64,
 }
@@ -140,12 +143,21 @@ impl Writer {
     /// Lets it finish what is under way, if the disk is still there.
     pub(crate) fn finish(mut self) -> Log {
         self.finish.store(true, Ordering::SeqCst);
-        self.join()
+        let log = self.join();
+        assert_eq!(log.error, None);
+        log
     }
 
-    /// Waits until the disk has moved away from under it.
-    pub(crate) fn left_behind(mut self) -> Log {
-        until("the writer to notice that its disk has moved", || {
+    /// Waits until it is told that the disk has moved away from under it.
+    pub(crate) fn left_behind(self) -> Log {
+        let log = self.cut_off();
+        assert_eq!(log.error.unwrap_or(Errno::ESHUTDOWN), Errno::ESHUTDOWN);
+        log
+    }
+
+    /// Waits until it has lost its server.
+    pub(crate) fn cut_off(mut self) -> Log {
+        until("the writer to notice that its disk is gone", || {
             let thread = self.thread.as_ref()?;
             thread.is_finished().then_some(())
         });
@@ -198,8 +210,9 @@ impl Run {
             let Some(completion) = self.client.wait()? else {
                 return self.client.flush();
             };
-            if completion.result.is_err() {
-                // The disk is given up: everything under way stays unanswered.
+            if let Err(failure) = completion.result {
+                // Everything under way stays unanswered.
+                self.log.error = Some(failure.errno);
                 return Ok(());
             }
             if let Some((block, content)) = self.under_way.remove(&completion.cookie) {
