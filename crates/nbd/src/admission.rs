@@ -15,15 +15,6 @@ pub(crate) fn cost(bytes: usize) -> u64 {
     (bytes as u64).max(REQUEST_COST_MIN)
 }
 
-/// Memory that a read's answer needs.
-pub(crate) fn read_bytes(request: &Request) -> usize {
-    if request.command == Command::READ {
-        request.length as usize
-    } else {
-        0
-    }
-}
-
 /// Is the request one that makes sense on this disk, whatever is held?
 pub(crate) fn check(request: &Request, context: &Context) -> Result<(), Errno> {
     let limits = context.node.limits();

@@ -10,7 +10,6 @@
 //! The thread waits in poll only: for the socket, for the stop event, and for its own event, which
 //! the node's notice, finished requests and [`Line::sever`] write.
 
-use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -19,9 +18,10 @@ use rustix::io::Errno as Os;
 use vmferry_channel::Stop;
 use vmferry_disk::{Cached, DiskError, Node, ReadPermit, Refusal};
 
-use crate::admission::{check, cost, permitted, read_bytes};
+use crate::admission::{check, cost, permitted};
 use crate::errno;
-use crate::job::{Context, Job, Work, disk_failure, is_write};
+use crate::held::{Held, HeldList, Kind};
+use crate::job::{Context, Job, Work, disk_failure};
 use crate::line::{Account, Line, Ticket};
 use crate::pace::{EAGER_TIME, Eagerness, Pace};
 use crate::payload::Payload;
@@ -91,19 +91,6 @@ enum Intake {
     },
 }
 
-/// A request that its node does not let in yet.
-#[derive(Debug)]
-struct Held {
-    request: Request,
-    payload: Payload,
-}
-
-impl Held {
-    fn cost(&self) -> u64 {
-        cost(self.payload.bytes().len())
-    }
-}
-
 /// Why the thread cannot take another request now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Pause {
@@ -118,16 +105,13 @@ pub(crate) struct Connection<'a> {
     context: Arc<Context>,
     settings: &'a Settings,
     queue: &'a Queue,
-    /// Held by all connections of the server.
-    held_by_all: &'a Account,
     stop: &'a Stop,
     window: Window,
     intake: Intake,
     staging: Box<[u8]>,
     staged: usize,
     jobs: Vec<Job>,
-    held: VecDeque<Held>,
-    held_bytes: u64,
+    held: HeldList<'a>,
     /// The backend can tell what is in memory.
     cached_reads: bool,
     read_pace: Pace,
@@ -149,15 +133,13 @@ impl<'a> Connection<'a> {
             context,
             settings,
             queue,
-            held_by_all,
             stop,
             window,
             intake: Intake::Header,
             staging: vec![0; STAGING_BYTES].into(),
             staged: 0,
             jobs: Vec::new(),
-            held: VecDeque::new(),
-            held_bytes: 0,
+            held: HeldList::new(held_by_all),
             cached_reads: true,
             read_pace: Pace::default(),
             write_pace: Pace::default(),
@@ -182,7 +164,7 @@ impl<'a> Connection<'a> {
         // A write whose data did not all come is not applied.
         self.intake = Intake::Header;
         // Never executed, never answered: a client that comes back finds them undone.
-        self.drop_held();
+        self.held.clear();
         self.publish();
         if end.is_orderly() {
             self.finish();
@@ -398,21 +380,27 @@ impl<'a> Connection<'a> {
                     ticket: self.line().ticket(cost(length)),
                 };
             }
-            _ => self.admit(request, Payload::EMPTY, None)?,
+            _ => {
+                let ticket = self.line().ticket(cost(0));
+                self.admit(request, Payload::EMPTY, ticket)?;
+            }
         }
         Ok(true)
     }
 
     /// Answer a read from memory if it is there; otherwise it is a worker's.
     fn read(&mut self, request: Request) -> Result<(), End> {
+        let length = request.length as usize;
         let permit = match self
             .node()
             .begin_read(request.offset, u64::from(request.length))
         {
             Ok(permit) => permit,
-            Err(refusal) => return self.refused(request, Payload::EMPTY, refusal),
+            Err(refusal) => {
+                let ticket = self.line().ticket(cost(length));
+                return self.refused(request, Payload::EMPTY, ticket, refusal);
+            }
         };
-        let length = request.length as usize;
         let mut filled = 0;
         // Large reads that come together are copied by several threads.
         let together = length > LONE_READ_BYTES_MIN && !self.window.unread().is_empty();
@@ -489,10 +477,9 @@ impl<'a> Connection<'a> {
             let data = window.unread().get(REQUEST_BYTES..).unwrap_or(&[]);
             Payload::Owned(data.get(..length).unwrap_or(data).to_vec())
         };
-        if !self.held.is_empty() {
-            let payload = copy(&self.window);
-            self.hold(request, payload);
-            return Ok(());
+        if self.held.has_writes() {
+            let (payload, ticket) = (copy(&self.window), self.line().ticket(cost(length)));
+            return self.admit(request, payload, ticket);
         }
         match self.node().begin_write(request.offset, length as u64) {
             Ok(permit) if !request.has(request::FUA) && self.write_pace.is_good() => {
@@ -507,8 +494,8 @@ impl<'a> Connection<'a> {
                 self.give_to_workers(request, Work::Write { permit, payload }, ticket);
             }
             Err(refusal) => {
-                let payload = copy(&self.window);
-                return self.refused(request, payload, refusal);
+                let (payload, ticket) = (copy(&self.window), self.line().ticket(cost(length)));
+                return self.refused(request, payload, ticket, refusal);
             }
         }
         Ok(())
@@ -523,7 +510,7 @@ impl<'a> Connection<'a> {
         ticket: Ticket,
     ) -> Result<(), End> {
         self.retry_held()?;
-        self.admit(request, payload, Some(ticket))
+        self.admit(request, payload, ticket)
     }
 
     fn answer_write(&mut self, request: &Request, result: Result<(), DiskError>) {
@@ -537,69 +524,59 @@ impl<'a> Connection<'a> {
     }
 
     /// Get permission for a request and give it to the workers; if it is held, keep it here.
-    fn admit(
-        &mut self,
-        request: Request,
-        payload: Payload,
-        ticket: Option<Ticket>,
-    ) -> Result<(), End> {
-        if is_write(request.command) && !self.held.is_empty() {
-            self.hold(request, payload);
+    fn admit(&mut self, request: Request, payload: Payload, ticket: Ticket) -> Result<(), End> {
+        if Kind::of(request.command) == Kind::Writes && self.held.has_writes() {
+            self.held.push(Held {
+                request,
+                payload,
+                ticket,
+            });
             return Ok(());
         }
         match permitted(&self.context, &request, payload) {
-            Ok(work) => {
-                let ticket = ticket.unwrap_or_else(|| self.line().ticket(cost(0)));
-                self.give_to_workers(request, work, ticket);
-                Ok(())
-            }
-            Err((refusal, payload)) => self.refused(request, payload, refusal),
-        }
-    }
-
-    fn refused(&mut self, request: Request, payload: Payload, refusal: Refusal) -> Result<(), End> {
-        match (errno::of_refusal(refusal, request.command), refusal) {
-            (Some(errno), _) => self.refuse(&request, errno),
-            (None, Refusal::Departed) => return Err(End::Departed),
-            (None, _) => self.hold(request, payload),
+            Ok(work) => self.give_to_workers(request, work, ticket),
+            Err((refusal, payload)) => self.refused(request, payload, ticket, refusal)?,
         }
         Ok(())
     }
 
-    fn hold(&mut self, request: Request, payload: Payload) {
-        let held = Held { request, payload };
-        self.held_bytes = self.held_bytes.saturating_add(held.cost());
-        self.held_by_all.add(held.cost());
-        self.held.push_back(held);
+    /// The node said no: for good, or for now.
+    fn refused(
+        &mut self,
+        request: Request,
+        payload: Payload,
+        ticket: Ticket,
+        refusal: Refusal,
+    ) -> Result<(), End> {
+        match (errno::of_refusal(refusal, request.command), refusal) {
+            (Some(errno), _) => self.refuse(&request, errno),
+            (None, Refusal::Departed) => return Err(End::Departed),
+            (None, _) => self.held.push(Held {
+                request,
+                payload,
+                ticket,
+            }),
+        }
+        Ok(())
     }
 
-    fn unhold(&mut self) -> Option<Held> {
-        let held = self.held.pop_front()?;
-        self.held_bytes = self.held_bytes.saturating_sub(held.cost());
-        self.held_by_all.subtract(held.cost());
-        Some(held)
-    }
-
-    fn drop_held(&mut self) {
-        while self.unhold().is_some() {}
-    }
-
-    /// Ask again for what is held, in the order in which it came.
+    /// Ask again for what is held, each kind in the order in which it came.
     fn retry_held(&mut self) -> Result<(), End> {
-        while let Some(Held { request, payload }) = self.unhold() {
-            let length = payload.bytes().len();
-            match permitted(&self.context, &request, payload) {
-                Ok(work) => {
-                    let ticket = self.line().ticket(cost(length.max(read_bytes(&request))));
-                    self.give_to_workers(request, work, ticket);
+        for kind in [Kind::Reads, Kind::Writes] {
+            while let Some(held) = self.held.pop(kind) {
+                let (request, ticket) = (held.request, held.ticket);
+                match permitted(&self.context, &request, held.payload) {
+                    Ok(work) => self.give_to_workers(request, work, ticket),
+                    Err((Refusal::Held, payload)) => {
+                        self.held.push_front(Held {
+                            request,
+                            payload,
+                            ticket,
+                        });
+                        break;
+                    }
+                    Err((refusal, payload)) => self.refused(request, payload, ticket, refusal)?,
                 }
-                Err((Refusal::Held, payload)) => {
-                    self.hold(request, payload);
-                    // It was the first and stays it.
-                    self.held.rotate_right(1);
-                    return Ok(());
-                }
-                Err((refusal, payload)) => self.refused(request, payload, refusal)?,
             }
         }
         Ok(())
@@ -628,12 +605,15 @@ impl<'a> Connection<'a> {
     fn is_full(&self) -> bool {
         let (settings, mine) = (self.settings, self.line().outstanding());
         let all = self.line().outstanding_of_all();
-        let outstanding = mine.bytes() >= settings.in_flight_bytes_max
-            || mine.requests() >= settings.in_flight_requests_max
+        // What is held is outstanding, too, but has a limit of its own.
+        let bytes = mine.bytes().saturating_sub(self.held.bytes());
+        let requests = mine.requests().saturating_sub(self.held.requests());
+        let outstanding = bytes >= settings.in_flight_bytes_max
+            || requests >= settings.in_flight_requests_max
             || (mine.requests() > 0 && all.bytes() >= settings.in_flight_bytes_max_of_all);
-        let held = self.held_bytes >= settings.held_bytes_max
+        let held = self.held.bytes() >= settings.held_bytes_max
             || (!self.held.is_empty()
-                && self.held_by_all.bytes() >= settings.held_bytes_max_of_all);
+                && self.held.bytes_of_all() >= settings.held_bytes_max_of_all);
         outstanding || held
     }
 
@@ -715,13 +695,6 @@ impl<'a> Connection<'a> {
 
     fn node(&self) -> &Arc<Node> {
         &self.context.node
-    }
-}
-
-impl Drop for Connection<'_> {
-    fn drop(&mut self) {
-        // After a panic; in every other case there is nothing left.
-        self.drop_held();
     }
 }
 

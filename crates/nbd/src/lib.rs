@@ -27,6 +27,7 @@ mod admission;
 mod client_handshake;
 mod client_replies;
 mod connection;
+mod held;
 mod job;
 mod line;
 mod pace;

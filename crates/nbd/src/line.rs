@@ -75,11 +75,18 @@ impl Account {
     }
 }
 
-/// One outstanding request: from when it leaves the reader thread until its reply is sent or lost.
+/// One outstanding request: from when it is held or leaves the reader thread until its reply is
+/// sent or lost.
 #[derive(Debug)]
 pub(crate) struct Ticket {
     line: Arc<Line>,
     bytes: u64,
+}
+
+impl Ticket {
+    pub(crate) fn bytes(&self) -> u64 {
+        self.bytes
+    }
 }
 
 impl Drop for Ticket {

@@ -160,6 +160,15 @@ impl Raw {
         bytes
     }
 
+    /// Nothing comes for a while. Only a wrong server that is slow can be taken for a right one.
+    pub(crate) fn is_silent(&mut self) -> bool {
+        let patience = Some(Duration::from_millis(300));
+        self.stream.set_read_timeout(patience).unwrap();
+        let result = self.stream.peek(&mut [0]);
+        self.stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        result.is_err_and(|error| error.kind() == std::io::ErrorKind::WouldBlock)
+    }
+
     /// Everything until the server closes; a reset counts as closing.
     pub(crate) fn receive_to_end(&mut self) -> Vec<u8> {
         let mut bytes = Vec::new();

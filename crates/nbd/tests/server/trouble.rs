@@ -164,6 +164,66 @@ fn reads_wait_too_when_everything_is_held() {
 }
 
 #[test]
+fn held_reads_count_what_they_will_need() {
+    let disk = MemoryDisk::new(LENGTH);
+    let settings = Settings {
+        held_bytes_max: 1 << 20,
+        ..Settings::default()
+    };
+    let (running, node) = serve_with(&disk, settings);
+    let mut raw = running.raw();
+    raw.enter("disk");
+    let lease = node.lease("test").unwrap();
+    lease.hold(Hold::Everything);
+    raw.request(request(Command::READ, 1, 0, 512 << 10));
+    raw.request(request(Command::FLUSH, 2, 0, 0));
+    assert_eq!(raw.simple_reply(), (0, 2), "there is room");
+    raw.request(request(Command::READ, 3, 0, 512 << 10));
+    raw.request(request(Command::FLUSH, 4, 0, 0));
+    assert!(raw.is_silent(), "the second read fills the list");
+    drop(lease);
+    let mut cookies: Vec<u64> = Vec::new();
+    for _ in 0..3 {
+        let (error, cookie) = raw.simple_reply();
+        assert_eq!(error, 0);
+        if cookie != 4 {
+            raw.receive(512 << 10);
+        }
+        cookies.push(cookie);
+    }
+    cookies.sort_unstable();
+    assert_eq!(cookies, [1, 3, 4]);
+}
+
+#[test]
+fn reads_pass_a_held_write_that_came_before_them() {
+    let disk = MemoryDisk::new(LENGTH);
+    let (running, node) = serve(&disk);
+    let mut client = running.client();
+    let lease = node.lease("test").unwrap();
+    lease.hold(Hold::Everything);
+    let write = client.submit(write(0, 1)).unwrap();
+    let status = Operation::BlockStatus {
+        offset: 0,
+        length: 512,
+    };
+    let mut passing = vec![client.submit(read(0)).unwrap()];
+    passing.push(client.submit(status).unwrap());
+    let flush = client.submit(Operation::Flush).unwrap();
+    assert_eq!(client.wait().unwrap().unwrap().cookie, flush);
+    lease.hold(Hold::Writes);
+    for _ in 0..passing.len() {
+        let completion = client.wait().unwrap().unwrap();
+        completion.result.unwrap();
+        passing.retain(|cookie| *cookie != completion.cookie);
+    }
+    assert!(passing.is_empty());
+    assert_eq!(disk.count(Disk::Write), 0);
+    drop(lease);
+    assert_eq!(client.wait().unwrap().unwrap().cookie, write);
+}
+
+#[test]
 fn a_full_list_of_held_writes_stops_the_reading_and_nothing_is_lost() {
     let disk = MemoryDisk::new(LENGTH);
     let settings = Settings {
