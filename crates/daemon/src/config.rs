@@ -33,6 +33,8 @@ pub struct Disk {
     pub record: Option<RecordFile>,
     /// How it begins, as [`vmferry_migration::start`] says.
     pub start: Start,
+    /// Somebody has said that it lives here, whatever its record says.
+    pub taken_back: bool,
     /// The other side, for a disk that begins [`Start::Undecided`].
     pub peer: String,
     /// The image, for people.

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use vmferry_channel::Stop;
 use vmferry_disk::{Hold, Lease};
-use vmferry_migration::{Capabilities, Committed, Parameters, SourceDisk, Start};
+use vmferry_migration::{Capabilities, Committed, Parameters, Residence, SourceDisk, Start};
 use vmferry_qmp::types::ShutdownCause;
 
 use crate::announcer::Announcer;
@@ -212,23 +212,30 @@ impl Disk {
         }
     }
 
-    /// A disk that lives here although its record says otherwise was taken back: the record goes
-    /// before the first guest comes.
+    /// A disk that lives here although its record says otherwise was taken back: that is written
+    /// down before the first guest comes.
     fn settle_record(&self) -> Result<(), DaemonError> {
-        use vmferry_migration::Residence;
         let Some(file) = &self.record else {
             return Ok(());
         };
-        match file.read()? {
-            Some(record) if record.residence != Residence::Arrived => {
-                tracing::warn!(
-                    disk = self.node.name(),
-                    record = %record.residence,
-                    "taken back: its record is removed"
-                );
-                Ok(file.clear()?)
-            }
-            _ => Ok(()),
+        let Some(record) = file.read()? else {
+            return Ok(());
+        };
+        if record.residence == Residence::Arrived {
+            return Ok(());
         }
+        let disk = self.node.name();
+        if !self.taken_back {
+            return Err(DaemonError::UnsuitableDisk {
+                disk: disk.to_owned(),
+                reason: format!(
+                    "is {} by its record '{}', so it is not served",
+                    record.residence,
+                    file.path().display()
+                ),
+            });
+        }
+        tracing::warn!(disk, record = %record.residence, "taken back, against its record");
+        Ok(file.take_back(&record.peer)?)
     }
 }

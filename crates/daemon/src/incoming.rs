@@ -12,7 +12,7 @@ use std::thread::JoinHandle;
 
 use vmferry_channel::{Channel, ChannelError, Listener, Stop, Uri, open_incoming};
 use vmferry_migration::{
-    DestinationDisk, DestinationJob, Published, Residence, Start, State as MigrationState, receive,
+    DestinationDisk, DestinationJob, Published, Start, State as MigrationState, receive,
 };
 
 use crate::announcer::Course;

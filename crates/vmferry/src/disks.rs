@@ -27,6 +27,8 @@ pub(crate) enum Past {
     HalfFilled,
     /// It was filled here, or served.
     Arrived,
+    /// It lives elsewhere; what is here may be all that is left if that goes wrong.
+    Moved,
 }
 
 /// A disk that is ours until it is dropped.
@@ -46,7 +48,7 @@ pub(crate) struct OpenDisks {
     pub(crate) made: MadeFiles,
 }
 
-/// Files that this run has made; removed when dropped, unless they are kept.
+/// Files that this run has made; removed when dropped, the newest first, unless they are kept.
 #[derive(Debug, Default)]
 pub(crate) struct MadeFiles {
     paths: Vec<PathBuf>,
@@ -66,7 +68,7 @@ impl MadeFiles {
 
 impl Drop for MadeFiles {
     fn drop(&mut self) {
-        for path in mem::take(&mut self.paths) {
+        for path in mem::take(&mut self.paths).into_iter().rev() {
             if let Err(error) = fs::remove_file(&path) {
                 tracing::warn!("cannot remove {}: {error}", path.display());
             }
@@ -97,7 +99,11 @@ pub(crate) fn open(
         let (purpose, past) = plan(flag);
         // Who removes a half-filled image need not know of its record.
         let is_missing = || !flag.path.try_exists().unwrap_or(true);
-        let is_new = past == Past::Unknown || (past == Past::HalfFilled && is_missing());
+        let is_new = match past {
+            Past::Unknown => true,
+            Past::HalfFilled | Past::Moved => purpose == Purpose::Fill && is_missing(),
+            Past::Arrived => false,
+        };
         let disk = match flag.create {
             Some(size) if is_new => {
                 let disk = RawDisk::create(&flag.path, size.bytes, true)
@@ -144,12 +150,15 @@ fn open_existing(flag: &DiskFlag, purpose: Purpose, past: Past) -> Result<RawDis
         ))
         .hint("if its content really is raw, say format=raw"));
     }
-    let may_fill = flag.overwrite || past != Past::Unknown;
+    let may_fill = flag.overwrite || matches!(past, Past::HalfFilled | Past::Arrived);
     if purpose == Purpose::Fill && !may_fill && disk.holds_data().map_err(cannot_look)? {
         return Err(refused(format!(
             "{path} holds data, which a migration would overwrite"
         ))
-        .hint("if nobody needs that data, say overwrite=on"));
+        .hint(match flag.create {
+            None => "if nobody needs that data, say overwrite=on",
+            Some(_) => "if nobody needs that data, say overwrite=on, not create=on and size=",
+        }));
     }
     Ok(disk)
 }
@@ -369,6 +378,32 @@ mod tests {
                 .open_with_past(Purpose::Fill, &text, Past::Arrived)
                 .is_err()
         );
+    }
+
+    #[test]
+    fn a_disk_that_comes_back_is_overwritten_only_if_that_was_said() {
+        let folder = Folder::new();
+        folder.file("a", &[7; 1 << 20]);
+        let fill = |text: &str| folder.open_with_past(Purpose::Fill, &[text], Past::Moved);
+        for text in ["x=a", "x=a,create=on,size=1M"] {
+            let (exit, why) = refusal(fill(text));
+            assert_eq!(exit, Exit::Refused);
+            assert!(why.contains("holds data"), "{why}");
+        }
+        assert!(fill("x=a,overwrite=on").is_ok());
+    }
+
+    #[test]
+    fn what_is_taken_back_is_not_made_anew() {
+        let folder = Folder::new();
+        for past in [Past::HalfFilled, Past::Moved] {
+            let text = ["x=missing,create=on,size=1M"];
+            let (exit, why) = refusal(folder.open_with_past(Purpose::Serve, &text, past));
+            assert_eq!(
+                (exit, why.as_str()),
+                (Exit::Refused, "disk \"x\": ./missing: no such file")
+            );
+        }
     }
 
     #[test]

@@ -9,6 +9,7 @@ mod disks;
 mod exit;
 mod flags;
 mod output;
+mod records;
 mod render;
 mod signals;
 

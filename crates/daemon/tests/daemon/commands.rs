@@ -48,6 +48,7 @@ fn quit_answers_says_farewell_and_syncs() {
         record: None,
         start: Start::Live,
         peer: String::new(),
+        taken_back: false,
         path: "root.raw".into(),
         format: "raw",
     }];
@@ -494,7 +495,7 @@ fn an_undecided_disk_is_held_across_a_restart() {
 }
 
 #[test]
-fn a_disk_that_is_taken_back_loses_its_record_before_it_is_served() {
+fn a_disk_that_is_taken_back_is_written_down_as_arrived_before_it_is_served() {
     let host = Host::new();
     host.make("root", &random(13, MIB));
     host.record("root")
@@ -505,8 +506,54 @@ fn a_disk_that_is_taken_back_loses_its_record_before_it_is_served() {
         ..Settings::default()
     };
     let daemon = host.start(&["root"], &settings);
-    assert_eq!(host.residence("root"), None);
+    assert_eq!(host.residence("root"), Some(Residence::Arrived));
     daemon.nbd("root").write(0, b"live", false).unwrap();
+    drop(daemon);
+    // The same command line goes on, until the disk has left once more.
+    drop(host.start(&["root"], &settings));
+    host.record("root")
+        .write(Residence::Moved, "tcp:there:1")
+        .unwrap();
+    let error = host.try_start(&["root"], &settings).map(drop).unwrap_err();
+    assert!(error.contains("was taken back before"), "{error}");
+}
+
+#[test]
+fn a_live_disk_against_its_record_is_not_served() {
+    let host = Host::new();
+    host.make("root", &random(14, MIB));
+    host.record("root")
+        .write(Residence::Moved, "tcp:there:1")
+        .unwrap();
+    let device = vmferry_disk::RawDisk::open(
+        host.image("root"),
+        vmferry_disk::OpenOptions {
+            read_only: false,
+            lock: true,
+        },
+    );
+    let disk = Disk {
+        node: Node::new("root", Box::new(device.unwrap()), Hold::Nothing),
+        record: Some(host.record("root")),
+        start: vmferry_migration::Start::Live,
+        peer: String::new(),
+        taken_back: false,
+        path: host.image("root"),
+        format: "raw",
+    };
+    let error = Daemon::start(Config {
+        name: None,
+        disks: vec![disk],
+        nbd: Vec::new(),
+        qmp: Vec::new(),
+        incoming: None,
+    })
+    .unwrap_err();
+    assert!(
+        error.to_string().contains("is moved by its record"),
+        "{error}"
+    );
+    assert_eq!(host.residence("root"), Some(Residence::Moved));
 }
 
 #[test]
@@ -548,6 +595,7 @@ fn two_disks_of_a_name_are_refused() {
         record: None,
         start: Start::Live,
         peer: String::new(),
+        taken_back: false,
         path: "x".into(),
         format: "raw",
     };

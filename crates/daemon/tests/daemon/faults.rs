@@ -92,6 +92,7 @@ fn over_memory(content: &[u8], waits: bool) -> (Running, MemoryDisk, Arc<AtomicB
         record: None,
         start,
         peer: String::new(),
+        taken_back: false,
         path: "root.raw".into(),
         format: "raw",
     }];

@@ -97,9 +97,10 @@ impl Host {
                 start,
                 peer: standing
                     .record
-                    .clone()
-                    .map(|(_, peer)| peer)
+                    .as_ref()
+                    .map(|record| record.peer.clone())
                     .unwrap_or_default(),
+                taken_back: settings.take_back,
                 path: self.image(name),
                 format: "raw",
             }

@@ -11,8 +11,8 @@ use serde_json::{Value, json};
 use vmferry_channel::{Channel, Listener, Stop, Uri};
 use vmferry_disk::{Hold, Node};
 use vmferry_migration::{
-    Arrived, DestinationDisk, DestinationFailure, DestinationJob, Published, RecordFile, Residence,
-    Rest, State,
+    Arrived, DestinationDisk, DestinationFailure, DestinationJob, Published, Record, RecordFile,
+    Residence, Rest, State,
 };
 
 use crate::disks::{self, MadeFiles, OpenDisks, Past, Purpose};
@@ -20,6 +20,7 @@ use crate::exit::{Exit, Failure};
 use crate::flags::ReceiveFlags;
 use crate::flags::disk::DiskFlag;
 use crate::output::{self, Out};
+use crate::records;
 use crate::render::{self, Phase, Progress, Sample};
 use crate::signals::Signals;
 
@@ -30,23 +31,28 @@ pub(crate) fn run(flags: &ReceiveFlags) -> Result<Exit, Failure> {
     let signals = Signals::new()?;
     let stop = Stop::new()?;
     disks::check(&flags.disk)?;
-    let pasts = flags.disk.iter().map(past).collect::<Result<Vec<_>, _>>()?;
+    records::check_folder(flags.state_dir.as_deref())?;
+    let plans = flags
+        .disk
+        .iter()
+        .map(|flag| Plan::new(flag, flags.state_dir.as_deref()));
+    let plans = plans.collect::<Result<Vec<_>, _>>()?;
     let OpenDisks { disks, mut made } = disks::open(&flags.disk, |flag| {
-        let at = flags.disk.iter().position(|other| other.name == flag.name);
-        let past = at
-            .and_then(|at| pasts.get(at))
-            .copied()
-            .unwrap_or(Past::Unknown);
-        (Purpose::Fill, past)
+        let plan = plans.iter().find(|plan| plan.name == flag.name);
+        (Purpose::Fill, plan.map_or(Past::Unknown, Plan::past))
     })?;
+    for plan in &plans {
+        records::check_unchanged(&plan.name, &plan.file, plan.record.as_ref())?;
+    }
     let mut saved = flags.save.as_deref().map(Saved::create).transpose()?;
     if let Some(path) = &flags.save {
         made.add(path);
     }
     let filled: Vec<DestinationDisk> = disks
         .into_iter()
-        .map(|open| DestinationDisk {
-            record: Some(record_of(&open.name, &open.path)),
+        .zip(plans)
+        .map(|(open, plan)| DestinationDisk {
+            record: Some(plan.file),
             node: Node::new(open.name, Box::new(open.disk), Hold::Writes),
         })
         .collect();
@@ -107,29 +113,43 @@ fn keep_what_was_filled(made: MadeFiles, published: &Published, flags: &ReceiveF
     true
 }
 
-fn record_of(name: &str, path: &Path) -> RecordFile {
-    RecordFile::new(name, path, None)
+/// What an earlier run says about a disk.
+struct Plan {
+    name: String,
+    file: RecordFile,
+    record: Option<Record>,
 }
 
-/// What an earlier run says about a disk.
-fn past(flag: &DiskFlag) -> Result<Past, Failure> {
-    if flag.read_only {
-        return Err(Failure::usage(format!(
-            "disk \"{}\": a migration cannot fill a disk with readonly=on",
-            flag.name
-        )));
+impl Plan {
+    fn new(flag: &DiskFlag, state_dir: Option<&Path>) -> Result<Self, Failure> {
+        if flag.read_only {
+            return Err(Failure::usage(format!(
+                "disk \"{}\": a migration cannot fill a disk with readonly=on",
+                flag.name
+            )));
+        }
+        let (file, record) = records::of_disk(flag, state_dir)?;
+        match &record {
+            Some(record) if record.residence == Residence::Leaving => {
+                Err(Failure::refused(format!(
+                    "disk \"{}\" is on its way to {}, and nobody has decided yet whether it arrived",
+                    flag.name, record.peer
+                ))
+                .hint("serve it again with vmferry serve, then see vmferry help resolve"))
+            }
+            _ => Ok(Self {
+                name: flag.name.clone(),
+                file,
+                record,
+            }),
+        }
     }
-    let record = record_of(&flag.name, &flag.path)
-        .read()
-        .map_err(|error| Failure::new(Exit::Failed, error))?;
-    match record.map(|record| (record.residence, record.peer)) {
-        Some((Residence::Incoming, _)) => Ok(Past::HalfFilled),
-        Some((Residence::Leaving, peer)) => Err(Failure::refused(format!(
-            "disk \"{}\" is on its way to {peer}, and nobody has decided yet whether it arrived",
-            flag.name
-        ))
-        .hint("serve it again with vmferry serve, then see vmferry help resolve")),
-        Some((Residence::Arrived | Residence::Moved, _)) | None => Ok(Past::Unknown),
+
+    fn past(&self) -> Past {
+        match self.record.as_ref().map(|record| record.residence) {
+            Some(Residence::Incoming) => Past::HalfFilled,
+            _ => Past::Unknown,
+        }
     }
 }
 

@@ -1,9 +1,6 @@
 //! `vmferry serve`: the storage daemon.
 
-use std::fs;
 use std::io;
-use std::os::unix::fs::FileTypeExt;
-use std::path::Path;
 use std::thread;
 
 use sd_notify::NotifyState;
@@ -17,13 +14,13 @@ use crate::activation::{self, Activated};
 use crate::disks::{self, OpenDisks, Past, Purpose};
 use crate::exit::{Exit, Failure};
 use crate::flags::ServeFlags;
-use crate::flags::disk::DiskFlag;
 use crate::flags::incoming::IncomingFlag;
 use crate::output;
+use crate::records;
 use crate::render;
 use crate::signals::Signals;
 
-/// The other side of a disk that was made for a migration which has not begun.
+/// The other side of a disk that was made here, and has not been migrated yet.
 const NOBODY_YET: &str = "nobody yet";
 
 pub(crate) fn run(flags: &ServeFlags) -> Result<Exit, Failure> {
@@ -32,17 +29,21 @@ pub(crate) fn run(flags: &ServeFlags) -> Result<Exit, Failure> {
     let waits = flags.incoming.is_some() || activated.incoming.is_some();
     check(flags, waits)?;
     let plans = plans(flags, waits)?;
-    let OpenDisks { disks, made } = disks::open(&flags.disk, |flag| {
+    let OpenDisks { disks, mut made } = disks::open(&flags.disk, |flag| {
         let plan = plans.iter().find(|plan| plan.name == flag.name);
         plan.map_or((Purpose::Serve, Past::Unknown), Plan::purpose)
     })?;
+    for plan in &plans {
+        plan.check_record()?;
+    }
     let waiting = plans.iter().any(|plan| plan.start == Start::Waiting);
     let doors = Doors::open(flags, activated, waiting)?;
     let addresses = doors.addresses();
     for (open, plan) in disks.iter().zip(&plans) {
-        if let (true, Start::Waiting, Some(file)) = (open.is_new, plan.start, &plan.file) {
+        if let (true, Some(file)) = (open.is_new, &plan.file) {
             // So that the same command line works again after a restart.
-            file.write(Residence::Incoming, NOBODY_YET)
+            made.add(file.path());
+            file.write(plan.residence_when_made(), NOBODY_YET)
                 .map_err(|error| Failure::new(Exit::Failed, error))?;
         }
     }
@@ -53,6 +54,7 @@ pub(crate) fn run(flags: &ServeFlags) -> Result<Exit, Failure> {
             node: Node::new(open.name, Box::new(open.disk), plan.resting()),
             record: plan.file,
             start: plan.start,
+            taken_back: flags.take_back.contains(&plan.name),
             peer: plan.record.map(|record| record.peer).unwrap_or_default(),
             path: open.path,
             format: "raw",
@@ -96,15 +98,7 @@ fn check(flags: &ServeFlags, waits: bool) -> Result<(), Failure> {
             "--incoming needs a disk without readonly=on",
         ));
     }
-    if let Some(dir) = &flags.state_dir
-        && !dir.is_dir()
-    {
-        return Err(Failure::usage(format!(
-            "--state-dir {}: no such folder",
-            dir.display()
-        )));
-    }
-    Ok(())
+    records::check_folder(flags.state_dir.as_deref())
 }
 
 /// What is known of a disk before it is opened, and how it begins.
@@ -125,9 +119,26 @@ impl Plan {
         let past = match self.record.as_ref().map(|record| record.residence) {
             None => Past::Unknown,
             Some(Residence::Incoming) => Past::HalfFilled,
-            Some(Residence::Arrived | Residence::Leaving | Residence::Moved) => Past::Arrived,
+            Some(Residence::Arrived | Residence::Leaving) => Past::Arrived,
+            Some(Residence::Moved) => Past::Moved,
         };
         (purpose, past)
+    }
+
+    /// Once the image is locked: what was decided still holds.
+    fn check_record(&self) -> Result<(), Failure> {
+        match &self.file {
+            Some(file) => records::check_unchanged(&self.name, file, self.record.as_ref()),
+            None => Ok(()),
+        }
+    }
+
+    /// Where a disk lives that this run makes.
+    fn residence_when_made(&self) -> Residence {
+        match self.start {
+            Start::Waiting => Residence::Incoming,
+            Start::Live | Start::Undecided => Residence::Arrived,
+        }
     }
 
     /// What guests of the disk wait for. The daemon itself holds disks that are undecided.
@@ -143,11 +154,12 @@ impl Plan {
 fn plans(flags: &ServeFlags, waits: bool) -> Result<Vec<Plan>, Failure> {
     let mut plans = Vec::new();
     for flag in &flags.disk {
-        let file = record_file(flag, flags.state_dir.as_deref())?;
-        let read = file.as_ref().map(RecordFile::read).transpose();
-        let record = read
-            .map_err(|error| Failure::new(Exit::Failed, error))?
-            .flatten();
+        let (file, record) = if flag.read_only {
+            (None, None)
+        } else {
+            let (file, record) = records::of_disk(flag, flags.state_dir.as_deref())?;
+            (Some(file), record)
+        };
         plans.push(Plan {
             name: flag.name.clone(),
             file,
@@ -158,10 +170,7 @@ fn plans(flags: &ServeFlags, waits: bool) -> Result<Vec<Plan>, Failure> {
     let standing: Vec<Standing> = movable(&mut plans)
         .map(|plan| Standing {
             disk: plan.name.clone(),
-            record: plan
-                .record
-                .as_ref()
-                .map(|record| (record.residence, record.peer.clone())),
+            record: plan.record.clone(),
             taken_back: flags.take_back.contains(&plan.name),
         })
         .collect();
@@ -174,23 +183,6 @@ fn plans(flags: &ServeFlags, waits: bool) -> Result<Vec<Plan>, Failure> {
 
 fn movable(plans: &mut [Plan]) -> impl Iterator<Item = &mut Plan> {
     plans.iter_mut().filter(|plan| plan.file.is_some())
-}
-
-/// A record beside a block device would be gone after a reboot.
-fn record_file(flag: &DiskFlag, state_dir: Option<&Path>) -> Result<Option<RecordFile>, Failure> {
-    if flag.read_only {
-        return Ok(None);
-    }
-    let is_device = fs::metadata(&flag.path).is_ok_and(|file| file.file_type().is_block_device());
-    if is_device && state_dir.is_none() {
-        return Err(Failure::usage(format!(
-            "disk \"{}\": {} is a block device, so --state-dir is needed",
-            flag.name,
-            flag.path.display()
-        ))
-        .hint("it is written there where the disk lives; a file in /dev would not last"));
-    }
-    Ok(Some(RecordFile::new(&flag.name, &flag.path, state_dir)))
 }
 
 /// Everything that the daemon listens on.
@@ -325,6 +317,8 @@ fn notify(state: &[NotifyState<'_>]) {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use clap::Parser;
     use tempfile::TempDir;
 
@@ -404,7 +398,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let state = folder.path().join("state");
         fs::create_dir(&state).unwrap();
-        RecordFile::new("a", Path::new("x"), Some(&state))
+        RecordFile::new("a", &folder.path().join("a"), Some(&state))
             .write(Residence::Moved, "p")
             .unwrap();
         assert_eq!(starts(&folder, "--disk a=@/a"), Ok(vec![Start::Live]));

@@ -166,6 +166,9 @@ pub(crate) struct ServeFlags {
 /// Ctrl-C cancels: the source serves on. When the terminal goes away the migration goes on without
 /// a watcher. exec:, fd:, file: and - are opened by this command, as this user and in this folder,
 /// and handed to the daemon, which must be reached through a unix socket then.
+///
+/// The limits that are given, and --no-zero-blocks or its absence, stay set in the daemon for
+/// migrations that follow.
 #[derive(Args, Debug)]
 #[command(after_long_help = "Examples:
   Move the disks to another host:
@@ -186,7 +189,7 @@ pub(crate) struct MigrateFlags {
     /// Where to
     #[arg(value_name = "URI")]
     pub(crate) uri: Uri,
-    /// Say what would go wrong, and send nothing
+    /// Say what would go wrong on this side; the destination is not asked, and nothing changes
     #[arg(long, conflicts_with_all = ["detach"])]
     pub(crate) check: bool,
     /// Migrate only this disk (repeatable); without it all disks that can be written to
@@ -319,6 +322,9 @@ pub(crate) struct ReceiveFlags {
     #[arg(long, value_name = "DISK", long_help = DISK_HELP)]
     #[arg(value_parser = disk_parser(), value_hint = ValueHint::FilePath)]
     pub(crate) disk: Vec<DiskFlag>,
+    /// Keep the record of where each disk lives here, not beside the disk (block devices need it)
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub(crate) state_dir: Option<PathBuf>,
     /// Write the stream without its disks to this new file
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub(crate) save: Option<PathBuf>,
