@@ -50,10 +50,12 @@ pub struct Settings {
     pub in_flight_bytes_max: u64,
     /// The same for all connections together.
     pub in_flight_bytes_max_of_all: u64,
-    /// Data of one connection's held requests, beyond which its socket is not read; the last
-    /// request may exceed it.
+    /// Data of one connection's held requests, that of the answers included. Beyond it the socket
+    /// is not read, and reads and flushes behind held writes wait with them; so it is as much as
+    /// a guest has under way at most. The last request may exceed it.
     pub held_bytes_max: u64,
-    /// The same for all connections together; each may hold one request.
+    /// The same for all connections together; each may hold one request. What is held is in
+    /// flight, too, in the count for all.
     pub held_bytes_max_of_all: u64,
     /// Time for what is in flight when a client or the server says goodbye.
     pub drain_timeout: Duration,
@@ -68,7 +70,7 @@ impl Default for Settings {
             in_flight_requests_max: 1024,
             in_flight_bytes_max: 64 << 20,
             in_flight_bytes_max_of_all: 256 << 20,
-            held_bytes_max: 16 << 20,
+            held_bytes_max: 64 << 20,
             held_bytes_max_of_all: 128 << 20,
             drain_timeout: Duration::from_secs(5),
         }

@@ -164,6 +164,30 @@ fn reads_wait_too_when_everything_is_held() {
 }
 
 #[test]
+fn many_held_writes_do_not_stop_what_comes_behind_them() {
+    let disk = MemoryDisk::new(LENGTH);
+    let (running, node) = serve(&disk);
+    let mut client = running.client();
+    let lease = node.lease("test").unwrap();
+    lease.hold(Hold::Writes);
+    let mut held = Vec::new();
+    for _ in 0..48 {
+        held.push(client.submit(write(0, 1 << 20)).unwrap());
+    }
+    for operation in [read(0), Operation::Flush] {
+        let cookie = client.submit(operation).unwrap();
+        assert_eq!(client.wait().unwrap().unwrap().cookie, cookie);
+    }
+    drop(lease);
+    for _ in 0..held.len() {
+        let completion = client.wait().unwrap().unwrap();
+        held.retain(|cookie| *cookie != completion.cookie);
+        assert_eq!(completion.result, Ok(Outcome::Done));
+    }
+    assert!(held.is_empty());
+}
+
+#[test]
 fn held_reads_count_what_they_will_need() {
     let disk = MemoryDisk::new(LENGTH);
     let settings = Settings {
