@@ -29,7 +29,7 @@ pub(crate) fn watch(
     progress: &mut Progress,
 ) -> Result<Watched, Failure> {
     let start = Instant::now();
-    let mut cancelling = false;
+    let mut cancel = Cancel::NotAsked;
     loop {
         let info = match daemon.migration() {
             Ok(info) => info,
@@ -47,28 +47,53 @@ pub(crate) fn watch(
         match signals.wait(Some(INTERVAL))? {
             None => {}
             Some(Signal::Hangup) => return Ok(Watched::Detached),
-            Some(Signal::Stop) if cancelling => {
-                return Err(
-                    Failure::new(Exit::Cancelled, "stopped waiting for the cancel")
-                        .hint("see vmferry status for how it ended"),
-                );
-            }
-            Some(Signal::Stop) => {
-                cancelling = true;
-                cancel(daemon, progress)?;
-            }
+            Some(Signal::Stop) => match cancel.stopped_waiting() {
+                Some(failure) => return Err(failure),
+                None => cancel = Cancel::ask(daemon, progress)?,
+            },
         }
     }
 }
 
-/// A cancel that comes too late is refused; the migration then goes on to its end.
-fn cancel(daemon: &mut Daemon, progress: &Progress) -> Result<(), Failure> {
-    match daemon.execute("migrate_cancel", &json!({})) {
-        Ok(_) => progress.note("cancelling; again Ctrl-C stops waiting for it"),
-        Err(Refusal::Refused(why)) => progress.note(&format!("cannot cancel any more: {why}")),
-        Err(error) => return Err(lost(&error.into())),
+/// What Ctrl-C has done so far.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Cancel {
+    NotAsked,
+    /// The daemon cancels.
+    Accepted,
+    /// It came too late; the migration goes on to its end, which may be at the destination.
+    TooLate,
+}
+
+impl Cancel {
+    fn ask(daemon: &mut Daemon, progress: &Progress) -> Result<Self, Failure> {
+        match daemon.execute("migrate_cancel", &json!({})) {
+            Ok(_) => {
+                progress.note("cancelling; again Ctrl-C stops waiting for it");
+                Ok(Self::Accepted)
+            }
+            Err(Refusal::Refused(why)) => {
+                progress.note(&format!(
+                    "cannot cancel any more: {why}; again Ctrl-C stops waiting for the end"
+                ));
+                Ok(Self::TooLate)
+            }
+            Err(error) => Err(lost(&error.into())),
+        }
     }
-    Ok(())
+
+    /// How a second Ctrl-C ends the watching.
+    fn stopped_waiting(self) -> Option<Failure> {
+        let failure = match self {
+            Self::NotAsked => return None,
+            Self::Accepted => Failure::new(Exit::Cancelled, "stopped waiting for the cancel"),
+            Self::TooLate => Failure::new(
+                Exit::Undecided,
+                "stopped waiting for the end; the disks may move to the destination",
+            ),
+        };
+        Some(failure.hint("see vmferry status for how it ended"))
+    }
 }
 
 /// Wait without showing anything.
@@ -108,4 +133,17 @@ fn lost(failure: &Failure) -> Failure {
         format!("{} while the migration ran", failure.message()),
     )
     .hint("a daemon that is started again knows from its records where each disk lives")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_stops_waiting_is_told_cancelled_only_if_it_was_accepted() {
+        let exit = |cancel: Cancel| cancel.stopped_waiting().map(|failure| failure.exit);
+        assert_eq!(exit(Cancel::NotAsked), None);
+        assert_eq!(exit(Cancel::Accepted), Some(Exit::Cancelled));
+        assert_eq!(exit(Cancel::TooLate), Some(Exit::Undecided));
+    }
 }
