@@ -1,11 +1,12 @@
 //! Migrations out of here: the commands that start and steer one.
 
+use std::fs::File;
 use std::time::Duration;
 
 use vmferry_channel::{Channel, Direction, Stop, Uri};
 use vmferry_migration::{
-    Capabilities, DOWNTIME_LIMIT_MAX, Decision, Parameters, Published, RunningSource, SourceDisk,
-    SourceJob, Target,
+    Capabilities, DOWNTIME_LIMIT_MAX, Decision, Parameters, Published, RecordFile, RunningSource,
+    SourceDisk, SourceJob, Target,
 };
 use vmferry_qmp::types::{
     Empty, Migrate, MigrationCapability, MigrationCapabilityStatus, MigrationParameters,
@@ -319,6 +320,7 @@ fn check(uri: &str, disks: &[SourceDisk], one_way: bool) -> Result<(), DaemonErr
         }
         if let Some(record) = &disk.record {
             record.read()?;
+            check_writable(disk.node.name(), record)?;
         }
     }
     if uri.starts_with("fd:") {
@@ -331,6 +333,25 @@ fn check(uri: &str, disks: &[SourceDisk], one_way: bool) -> Result<(), DaemonErr
         ))),
         _ => Ok(()),
     }
+}
+
+/// The record of a disk could be written now: a file can be made beside it.
+fn check_writable(disk: &str, record: &RecordFile) -> Result<(), DaemonError> {
+    let mut trial = record.path().as_os_str().to_owned();
+    trial.push(".trial");
+    let tried = File::options()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(&trial)
+        .and_then(|_| std::fs::remove_file(&trial));
+    tried.map_err(|error| DaemonError::UnsuitableDisk {
+        disk: disk.to_owned(),
+        reason: format!(
+            "has a record '{}' that cannot be written: {error}",
+            record.path().display()
+        ),
+    })
 }
 
 /// Where to: an address, or a descriptor that this client has handed in.

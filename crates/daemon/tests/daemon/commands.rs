@@ -362,6 +362,25 @@ fn parameters_are_kept_and_bounded() {
 }
 
 #[test]
+fn a_check_finds_a_record_that_cannot_be_written() {
+    let host = Host::new();
+    host.make("root", &random(9, MIB));
+    let daemon = host.start(&["root"], &Settings::default());
+    let mut qmp = daemon.qmp();
+    let check = json!({"uri": "unix:/nowhere/at/all", "x-check": true});
+    let folder = host.dir.path();
+    let aside = folder.with_extension("aside");
+    std::fs::rename(folder, &aside).unwrap();
+    let error = qmp.refused("migrate", check.clone());
+    std::fs::rename(&aside, folder).unwrap();
+    assert!(error.contains("that cannot be written"), "{error}");
+    let names = || std::fs::read_dir(folder).unwrap().count();
+    let before = names();
+    qmp.run("migrate", check);
+    assert_eq!(names(), before, "a check left something behind");
+}
+
+#[test]
 fn what_cannot_be_migrated_is_refused_by_name_before_anything_is_sent() {
     let host = Host::new();
     host.make("root", &random(9, MIB));

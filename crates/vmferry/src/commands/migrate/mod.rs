@@ -7,7 +7,7 @@ use std::io::{self, Write};
 use vmferry_channel::Uri;
 use vmferry_qmp::types::{Migrate, MigrationCapability};
 
-use super::daemon::Daemon;
+use super::daemon::{Daemon, Refusal};
 use super::watch::{Watched, watch};
 use crate::exit::{Exit, Failure};
 use crate::flags::MigrateFlags;
@@ -19,21 +19,29 @@ use target::Target;
 pub(crate) fn run(flags: &MigrateFlags) -> Result<Exit, Failure> {
     let signals = Signals::new()?;
     let mut daemon = Daemon::connect(&flags.daemon.qmp)?;
-    daemon.set_limits(&flags.limits)?;
-    daemon.set_capability(MigrationCapability::ZeroBlocks, !flags.no_zero_blocks)?;
-    if flags.check {
-        return check(flags, &mut daemon);
-    }
     if matches!(flags.uri, Uri::File { .. }) && !flags.one_way {
         // Before it is made.
         return Err(cannot_answer(&flags.uri));
+    }
+    // What is refused changes nothing: no limit of the daemon, and no file.
+    check(flags, &mut daemon)?;
+    if flags.check {
+        tell_checked(flags)?;
+        return Ok(Exit::Whole);
     }
     let mut target = Target::open(&flags.uri)?;
     if target.is_one_way() && !flags.one_way {
         return Err(cannot_answer(&flags.uri));
     }
     let uri = target.hand_over(&mut daemon, &flags.daemon.qmp)?;
-    daemon.execute("migrate", &arguments(flags, uri))?;
+    daemon.set_limits(&flags.limits)?;
+    daemon.set_capability(MigrationCapability::ZeroBlocks, !flags.no_zero_blocks)?;
+    target.empty()?;
+    let started = daemon.execute("migrate", &arguments(flags, uri, false));
+    if !matches!(started, Err(Refusal::Refused(_))) {
+        target.keep();
+    }
+    started?;
     if flags.detach {
         return Ok(Exit::Whole);
     }
@@ -57,25 +65,28 @@ fn cannot_answer(uri: &Uri) -> Failure {
 
 /// Ask the daemon what would go wrong. Nothing is opened here for it: a command that is run, or a
 /// file that is emptied, would be more than a check.
-fn check(flags: &MigrateFlags, daemon: &mut Daemon) -> Result<Exit, Failure> {
-    daemon.execute(
-        "migrate",
-        &arguments(flags, target::as_daemon_sees(&flags.uri)?.to_string()),
-    )?;
-    if flags.json {
-        render::write_json(&mut out(flags), &serde_json::json!({"event": "checked"}))?;
-    } else {
-        writeln!(out(flags), "nothing stands in the way")?;
-    }
-    Ok(Exit::Whole)
+fn check(flags: &MigrateFlags, daemon: &mut Daemon) -> Result<(), Failure> {
+    let uri = target::as_daemon_sees(&flags.uri)?.to_string();
+    daemon.execute("migrate", &arguments(flags, uri, true))?;
+    Ok(())
 }
 
-fn arguments(flags: &MigrateFlags, uri: String) -> Migrate {
+fn tell_checked(flags: &MigrateFlags) -> io::Result<()> {
+    if flags.json {
+        return render::write_json(&mut out(flags), &serde_json::json!({"event": "checked"}));
+    }
+    writeln!(
+        out(flags),
+        "nothing on this side stands in the way; the destination was not asked"
+    )
+}
+
+fn arguments(flags: &MigrateFlags, uri: String, only_check: bool) -> Migrate {
     Migrate {
         uri,
         x_disks: (!flags.disk.is_empty()).then(|| flags.disk.clone()),
         x_one_way: Some(flags.one_way),
-        x_check: Some(flags.check),
+        x_check: Some(only_check),
         ..Migrate::default()
     }
 }

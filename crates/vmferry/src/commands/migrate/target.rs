@@ -14,6 +14,7 @@ use rustix::fs::{FileType, fstat};
 use vmferry_channel::Uri;
 
 use crate::commands::daemon::{Daemon, Refusal};
+use crate::disks::MadeFiles;
 use crate::exit::{Exit, Failure};
 use crate::{activation, child};
 
@@ -33,8 +34,13 @@ const SHELL_WRAPPER: &str = "trap '' HUP INT QUIT; eval \"$1\"";
 pub(super) enum Target {
     /// The daemon opens it.
     Address(Uri),
-    /// A file; it is emptied from its offset on once the daemon has it.
-    File { file: File, offset: u64 },
+    /// A file; it is emptied from its offset on right before the migration begins. One that was
+    /// made for it goes again if it does not.
+    File {
+        file: File,
+        offset: u64,
+        made: MadeFiles,
+    },
     /// An open descriptor.
     Descriptor(OwnedFd),
     /// A running command.
@@ -51,10 +57,12 @@ impl Target {
         match uri {
             Uri::Tcp { .. } | Uri::Unix(_) => as_daemon_sees(uri).map(Self::Address),
             Uri::File { path, offset } => {
-                let file = open_file(path, *offset).map_err(failed)?;
+                let mut made = MadeFiles::default();
+                let file = open_file(path, *offset, &mut made).map_err(failed)?;
                 Ok(Self::File {
                     file,
                     offset: *offset,
+                    made,
                 })
             }
             Uri::Fd(number) => activation::duplicate(*number)
@@ -90,12 +98,8 @@ impl Target {
     }
 
     /// Make it known to the daemon; the address that `migrate` takes.
-    pub(super) fn hand_over(
-        &mut self,
-        daemon: &mut Daemon,
-        address: &Uri,
-    ) -> Result<String, Failure> {
-        let fd = match &*self {
+    pub(super) fn hand_over(&self, daemon: &mut Daemon, address: &Uri) -> Result<String, Failure> {
+        let fd = match self {
             Self::Address(uri) => return Ok(uri.to_string()),
             Self::File { file, .. } => file.as_fd(),
             Self::Descriptor(fd) => fd.as_fd(),
@@ -111,10 +115,22 @@ impl Target {
             Refusal::Refused(why) => Failure::refused(why),
             lost @ Refusal::Lost(_) => lost.into(),
         })?;
-        if let Self::File { file, offset } = self {
-            file.set_len(*offset)?;
-        }
         Ok(format!("fd:{FD_NAME}"))
+    }
+
+    /// Right before the migration is asked for: what a file holds from its offset on goes.
+    pub(super) fn empty(&self) -> io::Result<()> {
+        match self {
+            Self::File { file, offset, .. } => file.set_len(*offset),
+            _ => Ok(()),
+        }
+    }
+
+    /// The migration may run: a file that was made for it stays.
+    pub(super) fn keep(&mut self) {
+        if let Self::File { made, .. } = self {
+            std::mem::take(made).keep();
+        }
     }
 
     /// The migration is over.
@@ -144,13 +160,20 @@ pub(super) fn as_daemon_sees(uri: &Uri) -> Result<Uri, Failure> {
 }
 
 /// What the file holds before its offset, or at all, stays until the daemon has taken it.
-fn open_file(path: &Path, offset: u64) -> io::Result<File> {
-    let mut file = File::options()
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600)
-        .open(path)?;
+fn open_file(path: &Path, offset: u64, made: &mut MadeFiles) -> io::Result<File> {
+    let mut options = File::options();
+    options.write(true).mode(0o600);
+    let mut file = match options.clone().create_new(true).open(path) {
+        Ok(file) => {
+            made.add(path);
+            file
+        }
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            // A link that leads nowhere exists, too.
+            options.create(true).truncate(false).open(path)?
+        }
+        Err(error) => return Err(error),
+    };
     if !file.metadata()?.is_file() {
         return Err(io::Error::other(
             "it is no regular file; for a pipe or device use exec: or fd:",
@@ -243,13 +266,30 @@ mod tests {
         let path = folder.path().join("stream");
         std::fs::write(&path, b"headers and an old stream").unwrap();
         let uri: Uri = format!("file:{},offset=7", path.display()).parse().unwrap();
-        let Target::File { mut file, offset } = Target::open(&uri).unwrap() else {
+        let target = Target::open(&uri).unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"headers and an old stream");
+        target.empty().unwrap();
+        let Target::File { mut file, made, .. } = target else {
             panic!("no file");
         };
-        assert_eq!(std::fs::read(&path).unwrap(), b"headers and an old stream");
-        file.set_len(offset).unwrap();
+        drop(made);
         file.write_all(b": new").unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), b"headers: new");
+    }
+
+    #[test]
+    fn a_file_that_was_made_goes_again_unless_the_migration_begins() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("stream");
+        let uri: Uri = format!("file:{}", path.display()).parse().unwrap();
+        drop(Target::open(&uri).unwrap());
+        assert!(!path.exists());
+        let mut target = Target::open(&uri).unwrap();
+        target.keep();
+        drop(target);
+        assert!(path.exists());
+        drop(Target::open(&uri).unwrap());
+        assert!(path.exists(), "it was there before");
     }
 
     #[test]
