@@ -27,7 +27,9 @@ const CANCEL_PATIENCE: Duration = Duration::from_secs(30);
 /// The newest migration out of here.
 #[derive(Debug)]
 pub(crate) struct Outgoing {
-    pub(crate) running: RunningSource,
+    /// Gone once the daemon ends.
+    running: Option<RunningSource>,
+    published: Published,
     /// Names and lengths of its disks, in the order in which they are sent.
     pub(crate) disks: Vec<String>,
     /// Nobody tells whether the disks arrived.
@@ -36,7 +38,13 @@ pub(crate) struct Outgoing {
 
 impl Outgoing {
     pub(crate) fn published(&self) -> &Published {
-        self.running.published()
+        &self.published
+    }
+
+    fn running(&self) -> Result<&RunningSource, DaemonError> {
+        self.running
+            .as_ref()
+            .ok_or_else(|| DaemonError::NotNow("the daemon is ending".to_owned()))
     }
 
     /// Why nothing else can be done with the disks now.
@@ -99,7 +107,8 @@ impl Hub {
         state.jobs.add(id, published);
         // The old one is over; its thread has nothing left to do.
         state.outgoing = Some(Outgoing {
-            running,
+            published: running.published().clone(),
+            running: Some(running),
             disks: names,
             one_way,
         });
@@ -141,7 +150,7 @@ impl Hub {
     pub(crate) fn migrate_cancel(&self) -> Result<(), DaemonError> {
         let state = self.state();
         if let Some(outgoing) = &state.outgoing {
-            outgoing.running.cancel()?;
+            outgoing.running()?.cancel()?;
         }
         if let Some(incoming) = &state.incoming {
             incoming.cancel();
@@ -163,7 +172,7 @@ impl Hub {
             )));
         }
         match &state.outgoing {
-            Some(outgoing) => Ok(outgoing.running.go_on()?),
+            Some(outgoing) => Ok(outgoing.running()?.go_on()?),
             None => Ok(()),
         }
     }
@@ -188,7 +197,7 @@ impl Hub {
         if !outgoing.published().get().undecided {
             return Ok(false);
         }
-        outgoing.running.decide(decision)?;
+        outgoing.running()?.decide(decision)?;
         let published = outgoing.published().clone();
         drop(state);
         let status = published.wait_until(DECISION_PATIENCE, |status| !status.undecided);
@@ -220,8 +229,8 @@ impl Hub {
             parameters.downtime_limit = limit;
         }
         state.parameters = parameters;
-        if let Some(outgoing) = &state.outgoing {
-            outgoing.running.set(parameters);
+        if let Some(running) = state.outgoing.as_ref().and_then(|it| it.running.as_ref()) {
+            running.set(parameters);
         }
         Ok(())
     }
@@ -293,16 +302,19 @@ impl Hub {
             let mut state = self.state();
             state.ending = true;
             state.outgoing.as_ref().and_then(|outgoing| {
-                let cancelled = outgoing.running.cancel().is_ok();
+                let cancelled = outgoing.running().ok()?.cancel().is_ok();
                 cancelled.then(|| outgoing.published().clone())
             })
         };
         if let Some(published) = published {
             published.wait_until(CANCEL_PATIENCE, |status| status.state.is_over());
         }
-        if let Some(outgoing) = &mut self.state().outgoing {
-            outgoing.running.shut_down();
-        }
+        let running = {
+            let mut state = self.state();
+            state.outgoing.as_mut().and_then(|it| it.running.take())
+        };
+        // Waits for its thread, without the lock: queries are answered meanwhile.
+        drop(running);
     }
 }
 
