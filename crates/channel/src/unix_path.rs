@@ -1,11 +1,12 @@
-//! Unix sockets in the file system: created closed to others, replaced only when dead.
+//! Unix sockets in the file system: created closed to others, replaced only when dead, and in their
+//! place only once they accept.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use rustix::fs::{FileType, FlockOperation, Mode, OFlags, Stat};
+use rustix::fs::{CWD, FileType, FlockOperation, Mode, OFlags, RenameFlags, Stat};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
@@ -14,6 +15,9 @@ use crate::{ChannelError, Result};
 
 /// Owner may read and write, nobody else anything.
 const MODE: Mode = Mode::RUSR.union(Mode::WUSR);
+
+/// Name of a socket file that does not accept yet.
+const FRESH_SUFFIX: &str = "~";
 
 /// How long another process may take between looking at a socket file and listening on its own.
 const FOLDER_PATIENCE: Duration = Duration::from_secs(2);
@@ -43,19 +47,62 @@ pub(crate) fn listen(path: &Path, peer: &str) -> Result<(OwnedFd, SocketFile)> {
 
     let _folder = lock_folder(path, peer)?;
     remove_stale(path, &address, peer)?;
-    rustix::net::bind(&socket, &address).map_err(failed)?;
-    let stat = rustix::fs::lstat(path).map_err(failed)?;
+    let mut fresh = path.as_os_str().to_owned();
+    fresh.push(FRESH_SUFFIX);
+    let fresh = PathBuf::from(fresh);
+    let stat = match SocketAddrUnix::new(&fresh) {
+        Ok(fresh_address) => {
+            remove_stale(&fresh, &fresh_address, peer)?;
+            let stat = bind_and_listen(&socket, &fresh, &fresh_address).map_err(failed)?;
+            rename_new(&fresh, path).map_err(|errno| {
+                let _ = rustix::fs::unlink(&fresh);
+                match errno {
+                    Errno::EXIST => ChannelError::InUse {
+                        address: peer.to_owned(),
+                    },
+                    errno => failed(errno),
+                }
+            })?;
+            stat
+        }
+        // Too long a path for a second name: who is quick can see it before it accepts.
+        Err(_) => bind_and_listen(&socket, path, &address).map_err(failed)?,
+    };
     let file = SocketFile {
         path: path.to_owned(),
         device: stat.st_dev,
         inode: stat.st_ino,
     };
-    if Mode::from_raw_mode(stat.st_mode) & Mode::from_raw_mode(0o7777) != MODE {
-        // Nobody can connect before `listen`, so this is not too late.
-        rustix::fs::chmod(path, MODE).map_err(failed)?;
-    }
-    rustix::net::listen(&socket, BACKLOG).map_err(failed)?;
     Ok((socket, file))
+}
+
+/// Nothing stays behind if it fails.
+fn bind_and_listen(
+    socket: &OwnedFd,
+    path: &Path,
+    address: &SocketAddrUnix,
+) -> rustix::io::Result<Stat> {
+    rustix::net::bind(socket, address)?;
+    let listening = rustix::fs::lstat(path).and_then(|stat| {
+        if Mode::from_raw_mode(stat.st_mode) & Mode::from_raw_mode(0o7777) != MODE {
+            // Nobody can connect before `listen`, so this is not too late.
+            rustix::fs::chmod(path, MODE)?;
+        }
+        rustix::net::listen(socket, BACKLOG)?;
+        Ok(stat)
+    });
+    if listening.is_err() {
+        let _ = rustix::fs::unlink(path);
+    }
+    listening
+}
+
+/// Rename; a file that has this name stays, where the file system can tell.
+fn rename_new(from: &Path, to: &Path) -> rustix::io::Result<()> {
+    match rustix::fs::renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
+        Err(Errno::INVAL | Errno::NOSYS) => rustix::fs::rename(from, to),
+        renamed => renamed,
+    }
 }
 
 /// One process at a time looks at the socket files of a folder: otherwise a second one could take a

@@ -1,9 +1,11 @@
 //! Listening and connecting.
 
+use std::io::ErrorKind;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::fs::{OFlags, fcntl_getfl};
@@ -371,4 +373,50 @@ fn stopped_before_it_starts_nothing_is_connected() {
             .is_stopped()
     );
     assert!(listener.accept(&stopped).unwrap_err().is_stopped());
+}
+
+#[test]
+fn a_socket_that_can_be_seen_accepts() {
+    const ROUNDS: usize = 400;
+    let folder = tempfile::tempdir().unwrap();
+    let path = |round: usize| folder.path().join(round.to_string());
+    let reached = AtomicUsize::new(0);
+    let refused = std::thread::scope(|scope| {
+        let knocking = scope.spawn(|| {
+            let mut refused = 0;
+            for round in 0..ROUNDS {
+                reached.store(round, Ordering::SeqCst);
+                while let Err(error) = UnixStream::connect(path(round)) {
+                    refused += usize::from(error.kind() == ErrorKind::ConnectionRefused);
+                }
+            }
+            refused
+        });
+        // Who knocks is there before each comes, and none goes before the end.
+        let listeners: Vec<Listener> = (0..ROUNDS)
+            .map(|round| {
+                while reached.load(Ordering::SeqCst) < round {
+                    std::thread::yield_now();
+                }
+                Listener::bind(&unix(&path(round))).unwrap()
+            })
+            .collect();
+        let refused = knocking.join().unwrap();
+        drop(listeners);
+        refused
+    });
+    assert_eq!(refused, 0);
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn the_longest_path_works() {
+    const PATH_MAX: usize = 107;
+    let folder = tempfile::tempdir().unwrap();
+    let length = PATH_MAX - folder.path().as_os_str().len() - 1;
+    let path = folder.path().join("s".repeat(length));
+    let listener = Listener::bind(&Uri::Unix(path.clone())).unwrap();
+    UnixStream::connect(&path).unwrap();
+    drop(listener);
+    assert!(!path.exists());
 }
