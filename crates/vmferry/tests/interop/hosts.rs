@@ -59,11 +59,15 @@ pub(crate) fn disk_flag(disk: &Path) -> String {
     format!("disk0={}", disk.display())
 }
 
-/// From now on a migration that was started too slowly, and is still under way, may end. Guests that dirty all of their
-/// disk again and again take a downtime.
+/// From now on a migration that was started too slowly, and is still under way, may end.
 pub(crate) fn let_go(source: &Serve) {
     let status = source.wait_status("active");
     assert_ne!(status["disk"]["remaining"], 0, "{status}");
+    lift_limits(source);
+}
+
+/// A migration may be as fast as it can. Guests that dirty all of their disk again and again take a downtime.
+pub(crate) fn lift_limits(source: &Serve) {
     let control = source.control();
     let limits = ["--bandwidth", "unlimited", "--downtime", "20s"];
     run_well(["set", "--qmp", &control].into_iter().chain(limits));

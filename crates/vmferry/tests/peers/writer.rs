@@ -132,12 +132,18 @@ impl Writer {
 
     /// Waits for more acknowledged writes.
     pub(crate) fn wait_more(&self, more: u64) {
+        let reached = self.wait_more_or_end(more);
+        assert!(reached, "the writer has ended early");
+    }
+
+    /// Waits for more acknowledged writes; false if it ends before because its disk is gone.
+    pub(crate) fn wait_more_or_end(&self, more: u64) -> bool {
         let wanted = self.acknowledged() + more;
         until("acknowledged writes", || {
+            let reached = self.acknowledged() >= wanted;
             let gone = self.thread.as_ref().is_none_or(JoinHandle::is_finished);
-            assert!(!gone, "the writer has ended early");
-            (self.acknowledged() >= wanted).then_some(())
-        });
+            (reached || gone).then_some(reached)
+        })
     }
 
     /// Lets it finish what is under way, if the disk is still there.
