@@ -20,7 +20,7 @@ use vmferry_disk::Extent;
 
 use crate::client_handshake::{self, Export};
 use crate::client_replies::{Pending, Replies};
-use crate::connection::poll_until;
+use crate::poll::poll_until;
 use crate::protocol::{Command, Errno, OptionCode, OptionReply, Request, request, transmission};
 use crate::uri::NbdUri;
 use crate::window::{Received, Window};

@@ -13,28 +13,32 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::PollFlags;
 use rustix::io::Errno as Os;
 use vmferry_channel::Stop;
 use vmferry_disk::{Cached, DiskError, Node, ReadPermit, Refusal};
 
 use crate::admission::{check, cost, permitted};
+use crate::budget::Account;
 use crate::errno;
 use crate::held::{Held, HeldList, Kind};
 use crate::job::{Context, Job, Work, disk_failure};
-use crate::line::{Account, Line, Ticket};
+use crate::line::{Line, Ticket};
 use crate::pace::{EAGER_TIME, Eagerness, Pace};
 use crate::payload::Payload;
+use crate::poll::{wait, wait_for_event};
 use crate::protocol::{BadMagic, Command, Errno, REQUEST_BYTES, Request, request};
 use crate::reply::{self, HEAD_BYTES_MAX, Head};
 use crate::server::Settings;
+use crate::stall::Stall;
 use crate::window::{Received, Window};
 use crate::workers::Queue;
 
 /// Requests are received into this much.
 pub(crate) const WINDOW_BYTES: usize = 256 << 10;
-/// A write up to this size is taken whole from the window; a larger one gets its own buffer.
-const SMALL_WRITE_BYTES_MAX: usize = 64 << 10;
+/// Above this size a request waits for memory of the server. A write up to it is taken whole from
+/// the window; a larger one gets its own buffer.
+const SMALL_BYTES_MAX: usize = 64 << 10;
 /// Largest read that the connection's own thread tries.
 const INLINE_READ_BYTES_MAX: usize = 256 << 10;
 /// Above this size, a read that has requests behind it is a worker's.
@@ -57,6 +61,10 @@ pub(crate) enum End {
     Socket(Os),
     #[error("the client broke the protocol: {0}")]
     Broken(#[from] BadMagic),
+    #[error("the client stopped in the middle of its data")]
+    Stalled,
+    #[error("the client does not read its replies, and others need the memory")]
+    Deaf,
     #[error("the disk has moved away")]
     Departed,
     #[error("the connection was closed by us")]
@@ -82,6 +90,7 @@ enum Intake {
         payload: Payload,
         filled: usize,
         ticket: Ticket,
+        stall: Stall,
     },
     /// Data of a write that was refused.
     Skip {
@@ -98,6 +107,8 @@ enum Pause {
     NeedMore,
     /// Too much is outstanding or held.
     Full,
+    /// A large request waits for memory that other connections have.
+    NoMemory,
 }
 
 /// The reader's side of one connection.
@@ -192,11 +203,15 @@ impl<'a> Connection<'a> {
             },
             Pause::Full => {
                 self.line().wake_on_ticket();
+                if self.is_crowded_out() {
+                    self.line().budget().wake_later(self.line());
+                }
                 if self.is_full() {
                     self.wait(PollFlags::empty())?;
                 }
                 Ok(())
             }
+            Pause::NoMemory => self.wait(PollFlags::empty()),
         }
     }
 
@@ -234,7 +249,10 @@ impl<'a> Connection<'a> {
         let line = Arc::clone(self.line());
         let received = match &mut self.intake {
             Intake::Payload {
-                payload, filled, ..
+                payload,
+                filled,
+                stall,
+                ..
             } => {
                 let rest = payload.bytes_mut().get_mut(*filled..).unwrap_or(&mut []);
                 let received = self
@@ -242,6 +260,7 @@ impl<'a> Connection<'a> {
                     .receive_into(line.socket(), rest, BEHIND_PAYLOAD_BYTES);
                 if let Ok(Received::Bytes(count)) = received {
                     *filled = filled.saturating_add(count);
+                    stall.note(*filled);
                 }
                 received
             }
@@ -265,7 +284,9 @@ impl<'a> Connection<'a> {
             // While we do not read, only this tells that the client has given up.
             events |= PollFlags::RDHUP;
         }
-        let ready = wait(&line, events, Some(self.stop), None).map_err(End::Socket)?;
+        let stalls = self.stall_deadlines();
+        let deadline = stalls.into_iter().flatten().min();
+        let ready = wait(&line, events, Some(self.stop), deadline).map_err(End::Socket)?;
         if ready.contains(PollFlags::OUT) {
             line.resume();
         }
@@ -273,6 +294,37 @@ impl<'a> Connection<'a> {
         let gone = PollFlags::HUP | PollFlags::ERR | PollFlags::RDHUP;
         if !reading && ready.intersects(gone) {
             return Err(End::Gone);
+        }
+        if ready.is_empty() {
+            self.end_if_stalled(stalls)?;
+        }
+        Ok(())
+    }
+
+    /// Until when data must have come, and replies gone.
+    fn stall_deadlines(&self) -> [Option<Instant>; 2] {
+        let incoming = match &self.intake {
+            Intake::Payload { stall, .. } => stall.deadline(),
+            _ => None,
+        };
+        let since = self.line().blocked_since();
+        let outgoing = since.and_then(|since| since.checked_add(self.settings.stall_timeout));
+        [incoming, outgoing]
+    }
+
+    /// A client that stops in the middle keeps memory, and that ends some time. One that does not
+    /// read may be stopped by its owner; it is only cut when others wait for what it has.
+    fn end_if_stalled(&self, [incoming, outgoing]: [Option<Instant>; 2]) -> Result<(), End> {
+        let now = Instant::now();
+        let is_over = |deadline: Option<Instant>| deadline.is_some_and(|deadline| deadline <= now);
+        if is_over(incoming) {
+            return Err(End::Stalled);
+        }
+        if is_over(outgoing) {
+            if self.line().budget().is_scarce() {
+                return Err(End::Deaf);
+            }
+            self.line().forgive();
         }
         Ok(())
     }
@@ -292,8 +344,8 @@ impl<'a> Connection<'a> {
                     if self.staged >= EARLY_SEND_BYTES {
                         self.publish();
                     }
-                    if !self.take_request(request)? {
-                        return Ok(Pause::NeedMore);
+                    if let Some(pause) = self.take_request(request)? {
+                        return Ok(pause);
                     }
                 }
                 Intake::Payload {
@@ -301,6 +353,7 @@ impl<'a> Connection<'a> {
                     mut payload,
                     mut filled,
                     ticket,
+                    stall,
                 } => {
                     let here = self.window.unread();
                     let rest = payload.bytes_mut().get_mut(filled..).unwrap_or(&mut []);
@@ -316,6 +369,7 @@ impl<'a> Connection<'a> {
                             payload,
                             filled,
                             ticket,
+                            stall,
                         };
                         return Ok(Pause::NeedMore);
                     }
@@ -343,8 +397,9 @@ impl<'a> Connection<'a> {
         }
     }
 
-    /// Take one request; false if it is a small write whose data is not all there yet.
-    fn take_request(&mut self, request: Request) -> Result<bool, End> {
+    /// Take one request, or tell why it stays in the window: it is a small write whose data is not
+    /// all there yet, or a large request for which there is no memory.
+    fn take_request(&mut self, request: Request) -> Result<Option<Pause>, End> {
         if request.command == Command::DISCONNECT {
             return Err(End::Goodbye);
         }
@@ -355,50 +410,79 @@ impl<'a> Connection<'a> {
                 left: request.payload_bytes(),
                 errno,
             };
-            return Ok(true);
+            return Ok(None);
         }
-        let length = request.payload_bytes();
-        if request.command != Command::WRITE {
-            self.window.consume(REQUEST_BYTES);
-        }
+        let length = request.length as usize;
         match request.command {
-            Command::READ => self.read(request)?,
-            Command::WRITE if length <= SMALL_WRITE_BYTES_MAX => {
+            Command::READ | Command::WRITE if length > SMALL_BYTES_MAX => {
+                let Some(ticket) = self.large_ticket(&request) else {
+                    return Ok(Some(Pause::NoMemory));
+                };
+                self.window.consume(REQUEST_BYTES);
+                if request.command == Command::READ {
+                    self.read(request, Some(ticket))?;
+                } else {
+                    self.intake = Intake::Payload {
+                        request,
+                        payload: self.context.payloads.take(length),
+                        filled: 0,
+                        ticket,
+                        stall: Stall::new(self.settings.stall_timeout),
+                    };
+                }
+            }
+            Command::READ => {
+                self.window.consume(REQUEST_BYTES);
+                self.read(request, None)?;
+            }
+            Command::WRITE => {
                 let whole = REQUEST_BYTES.saturating_add(length);
                 if self.window.unread().len() < whole {
-                    return Ok(false);
+                    return Ok(Some(Pause::NeedMore));
                 }
                 self.write_small(request, length)?;
                 self.window.consume(whole);
             }
-            Command::WRITE => {
-                self.window.consume(REQUEST_BYTES);
-                self.intake = Intake::Payload {
-                    request,
-                    payload: self.context.payloads.take(length),
-                    filled: 0,
-                    ticket: self.line().ticket(cost(length)),
-                };
-            }
             _ => {
+                self.window.consume(REQUEST_BYTES);
                 let ticket = self.line().ticket(cost(0));
                 self.admit(request, Payload::EMPTY, ticket)?;
             }
         }
-        Ok(true)
+        Ok(None)
     }
 
-    /// Answer a read from memory if it is there; otherwise it is a worker's.
-    fn read(&mut self, request: Request) -> Result<(), End> {
+    /// Memory for a large request; otherwise, be woken when there is some.
+    fn large_ticket(&self, request: &Request) -> Option<Ticket> {
+        let line = self.line();
+        let attempt = || {
+            // What is going to be held stays outside when all that is held is too much.
+            let crowded = self.held.bytes_of_all() >= self.settings.held_bytes_max_of_all
+                && Kind::of(request.command).is_stopped_by(self.node().held());
+            if crowded {
+                return None;
+            }
+            line.try_ticket(cost(request.length as usize))
+        };
+        attempt().or_else(|| {
+            line.budget().wake_later(line);
+            attempt()
+        })
+    }
+
+    /// Answer a read from memory if it is there; otherwise it is a worker's. A large one has its
+    /// ticket.
+    fn read(&mut self, request: Request, ticket: Option<Ticket>) -> Result<(), End> {
         let length = request.length as usize;
+        let line = Arc::clone(self.line());
+        let ticket = || ticket.unwrap_or_else(|| line.ticket(cost(length)));
         let permit = match self
             .node()
             .begin_read(request.offset, u64::from(request.length))
         {
             Ok(permit) => permit,
             Err(refusal) => {
-                let ticket = self.line().ticket(cost(length));
-                return self.refused(request, Payload::EMPTY, ticket, refusal);
+                return self.refused(request, Payload::EMPTY, ticket(), refusal);
             }
         };
         let mut filled = 0;
@@ -444,12 +528,18 @@ impl<'a> Connection<'a> {
                 return Ok(());
             }
         }
-        self.read_by_worker(request, permit, filled);
+        self.read_by_worker(request, permit, filled, ticket());
         Ok(())
     }
 
     /// Leave a read to a worker; its first `filled` bytes lie behind the head in the staging area.
-    fn read_by_worker(&mut self, request: Request, permit: ReadPermit, filled: usize) {
+    fn read_by_worker(
+        &mut self,
+        request: Request,
+        permit: ReadPermit,
+        filled: usize,
+        ticket: Ticket,
+    ) {
         let length = request.length as usize;
         let mut payload = self.context.payloads.take(length);
         let head = Head::of_read(&request, self.context.structured);
@@ -461,7 +551,6 @@ impl<'a> Connection<'a> {
         ) {
             to.copy_from_slice(from);
         }
-        let ticket = self.line().ticket(cost(length));
         let work = Work::Read {
             permit,
             payload,
@@ -601,20 +690,23 @@ impl<'a> Connection<'a> {
         });
     }
 
-    /// Too much is outstanding or held to take another request. One may always be outstanding.
+    /// Too much is outstanding or held to take another request.
     fn is_full(&self) -> bool {
         let (settings, mine) = (self.settings, self.line().outstanding());
-        let all = self.line().outstanding_of_all();
         // What is held is outstanding, too, but has a limit of its own.
         let bytes = mine.bytes().saturating_sub(self.held.bytes());
         let requests = mine.requests().saturating_sub(self.held.requests());
-        let outstanding = bytes >= settings.in_flight_bytes_max
+        bytes >= settings.in_flight_bytes_max
             || requests >= settings.in_flight_requests_max
-            || (mine.requests() > 0 && all.bytes() >= settings.in_flight_bytes_max_of_all);
-        let held = self.held.bytes() >= settings.held_bytes_max
-            || (!self.held.is_empty()
-                && self.held.bytes_of_all() >= settings.held_bytes_max_of_all);
-        outstanding || held
+            || self.held.bytes() >= settings.held_bytes_max
+            || self.is_crowded_out()
+    }
+
+    /// All connections together have too much. Each may have one request and hold one.
+    fn is_crowded_out(&self) -> bool {
+        let all_held = self.held.bytes_of_all();
+        (self.line().outstanding().requests() > 0 && self.line().budget().is_used_up())
+            || (!self.held.is_empty() && all_held >= self.settings.held_bytes_max_of_all)
     }
 
     /// Where `length` bytes of reply can be staged.
@@ -695,49 +787,5 @@ impl<'a> Connection<'a> {
 
     fn node(&self) -> &Arc<Node> {
         &self.context.node
-    }
-}
-
-/// Wait for the socket, the line's event, the stop event or the deadline. What the socket is
-/// ready for.
-fn wait(
-    line: &Line,
-    events: PollFlags,
-    stop: Option<&Stop>,
-    deadline: Option<Instant>,
-) -> rustix::io::Result<PollFlags> {
-    let wake = PollFd::from_borrowed_fd(line.wake_event(), PollFlags::IN);
-    let socket = PollFd::from_borrowed_fd(line.socket(), events);
-    let fds = match stop {
-        Some(stop) => &mut [socket, wake, PollFd::new(stop, PollFlags::IN)][..],
-        None => &mut [socket, wake][..],
-    };
-    poll_until(fds, deadline)?;
-    let ready = |index: usize| fds.get(index).map_or(PollFlags::empty(), PollFd::revents);
-    if ready(1).contains(PollFlags::IN) {
-        line.empty_event();
-    }
-    Ok(ready(0))
-}
-
-/// The same without the socket, which is closed.
-fn wait_for_event(line: &Line, deadline: Option<Instant>) -> rustix::io::Result<()> {
-    let mut fds = [PollFd::from_borrowed_fd(line.wake_event(), PollFlags::IN)];
-    poll_until(&mut fds, deadline)?;
-    line.empty_event();
-    Ok(())
-}
-
-/// `poll` with a deadline; being interrupted counts as being woken.
-pub(crate) fn poll_until(
-    fds: &mut [PollFd<'_>],
-    deadline: Option<Instant>,
-) -> rustix::io::Result<()> {
-    let timeout = deadline
-        .map(|deadline| deadline.saturating_duration_since(Instant::now()))
-        .and_then(|patience| Timespec::try_from(patience).ok());
-    match poll(fds, timeout.as_ref()) {
-        Ok(_) | Err(Os::INTR) => Ok(()),
-        Err(error) => Err(error),
     }
 }

@@ -2,8 +2,11 @@
 
 use std::collections::VecDeque;
 
+use vmferry_disk::Hold;
+
+use crate::budget::Account;
 use crate::job::is_write;
-use crate::line::{Account, Ticket};
+use crate::line::Ticket;
 use crate::payload::Payload;
 use crate::protocol::{Command, Request};
 
@@ -30,6 +33,15 @@ impl Kind {
             Self::Writes
         } else {
             Self::Reads
+        }
+    }
+
+    /// None is a disk that has left, which holds nothing.
+    pub(crate) fn is_stopped_by(self, hold: Option<Hold>) -> bool {
+        match hold {
+            None | Some(Hold::Nothing) => false,
+            Some(Hold::Writes) => self == Self::Writes,
+            Some(Hold::Everything) => true,
         }
     }
 }

@@ -24,6 +24,7 @@ pub mod negotiation;
 pub mod protocol;
 
 mod admission;
+mod budget;
 mod client_handshake;
 mod client_replies;
 mod connection;
@@ -32,8 +33,10 @@ mod job;
 mod line;
 mod pace;
 mod payload;
+mod poll;
 mod reply;
 mod server;
+mod stall;
 mod uri;
 mod window;
 mod workers;

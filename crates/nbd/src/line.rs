@@ -7,13 +7,15 @@
 use std::collections::VecDeque;
 use std::io::IoSlice;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::Errno as Os;
 use rustix::net::{SendAncillaryBuffer, SendFlags, Shutdown, send, sendmsg, shutdown};
 
+use crate::budget::{Account, Budget, Source};
 use crate::payload::Payload;
 use crate::reply::Reply;
 
@@ -32,7 +34,7 @@ pub(crate) struct Line {
     outstanding: Account,
     /// The reader thread sleeps until something outstanding is done.
     waits_for_tickets: AtomicBool,
-    server: Arc<Account>,
+    budget: Arc<Budget>,
     outbox: Mutex<Outbox>,
 }
 
@@ -45,34 +47,9 @@ struct Outbox {
     sending: bool,
     /// The socket was full.
     blocked: bool,
+    /// When something was sent last, or was there to be sent.
+    progress: Option<Instant>,
     failed: bool,
-}
-
-/// Requests and bytes that are not done.
-#[derive(Debug, Default)]
-pub(crate) struct Account {
-    bytes: AtomicU64,
-    requests: AtomicU64,
-}
-
-impl Account {
-    pub(crate) fn bytes(&self) -> u64 {
-        self.bytes.load(Ordering::SeqCst)
-    }
-
-    pub(crate) fn requests(&self) -> u64 {
-        self.requests.load(Ordering::SeqCst)
-    }
-
-    pub(crate) fn add(&self, bytes: u64) {
-        self.bytes.fetch_add(bytes, Ordering::SeqCst);
-        self.requests.fetch_add(1, Ordering::SeqCst);
-    }
-
-    pub(crate) fn subtract(&self, bytes: u64) {
-        self.bytes.fetch_sub(bytes, Ordering::SeqCst);
-        self.requests.fetch_sub(1, Ordering::SeqCst);
-    }
 }
 
 /// One outstanding request: from when it is held or leaves the reader thread until its reply is
@@ -81,6 +58,7 @@ impl Account {
 pub(crate) struct Ticket {
     line: Arc<Line>,
     bytes: u64,
+    source: Source,
 }
 
 impl Ticket {
@@ -92,7 +70,7 @@ impl Ticket {
 impl Drop for Ticket {
     fn drop(&mut self) {
         self.line.outstanding.subtract(self.bytes);
-        self.line.server.subtract(self.bytes);
+        self.line.budget.give_back(self.bytes, self.source);
         if self.line.waits_for_tickets.swap(false, Ordering::SeqCst) {
             self.line.wake();
         }
@@ -100,7 +78,7 @@ impl Drop for Ticket {
 }
 
 impl Line {
-    pub(crate) fn new(socket: OwnedFd, server: Arc<Account>) -> rustix::io::Result<Arc<Self>> {
+    pub(crate) fn new(socket: OwnedFd, budget: Arc<Budget>) -> rustix::io::Result<Arc<Self>> {
         Ok(Arc::new(Self {
             socket,
             wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
@@ -108,7 +86,7 @@ impl Line {
             severed: AtomicBool::new(false),
             outstanding: Account::default(),
             waits_for_tickets: AtomicBool::new(false),
-            server,
+            budget,
             outbox: Mutex::default(),
         }))
     }
@@ -164,18 +142,30 @@ impl Line {
         &self.outstanding
     }
 
-    /// The same for all connections of the server.
-    pub(crate) fn outstanding_of_all(&self) -> &Account {
-        &self.server
+    /// What all connections of the server share.
+    pub(crate) fn budget(&self) -> &Budget {
+        &self.budget
     }
 
     /// Count a request of this many bytes as outstanding.
     pub(crate) fn ticket(self: &Arc<Self>, bytes: u64) -> Ticket {
+        self.ticket_from(self.budget.take(bytes), bytes)
+    }
+
+    /// The same for a large request, if there is memory for it. The reserve is for a connection
+    /// that has nothing else.
+    pub(crate) fn try_ticket(self: &Arc<Self>, bytes: u64) -> Option<Ticket> {
+        let idle = self.outstanding.requests() == 0;
+        let source = self.budget.try_take(bytes, idle)?;
+        Some(self.ticket_from(source, bytes))
+    }
+
+    fn ticket_from(self: &Arc<Self>, source: Source, bytes: u64) -> Ticket {
         self.outstanding.add(bytes);
-        self.server.add(bytes);
         Ticket {
             line: Arc::clone(self),
             bytes,
+            source,
         }
     }
 
@@ -188,6 +178,17 @@ impl Line {
     /// Is there something to send that the socket has no room for?
     pub(crate) fn is_blocked(&self) -> bool {
         self.outbox().blocked
+    }
+
+    /// Since when the client has not taken any byte of what there is to send.
+    pub(crate) fn blocked_since(&self) -> Option<Instant> {
+        let outbox = self.outbox();
+        outbox.progress.filter(|_| outbox.blocked)
+    }
+
+    /// Let a client that does not read begin anew to be slow.
+    pub(crate) fn forgive(&self) {
+        self.outbox().progress = Some(Instant::now());
     }
 
     /// Queue a reply, and send what can be sent.
@@ -204,6 +205,7 @@ impl Line {
                 return;
             }
             outbox.sending = true;
+            outbox.progress = Some(Instant::now());
         }
         self.pump();
     }
@@ -252,7 +254,9 @@ impl Line {
         }
         if !rest.is_empty() {
             let reply = later(rest);
-            self.outbox().queue.push_front(reply);
+            let mut outbox = self.outbox();
+            outbox.queue.push_front(reply);
+            outbox.progress = Some(Instant::now());
         }
         self.pump();
     }
@@ -304,6 +308,9 @@ impl Line {
             if outbox.failed {
                 outbox.sending = false;
                 return;
+            }
+            if !full {
+                outbox.progress = Some(Instant::now());
             }
             outbox.front_sent = left;
             while let Some(reply) = batch.pop_back() {

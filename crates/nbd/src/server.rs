@@ -13,13 +13,15 @@ use rustix::net::sockopt;
 use vmferry_channel::{ChannelError, Listener, Socket, Stop};
 use vmferry_disk::Node;
 
-use crate::connection::{Connection, WINDOW_BYTES, poll_until};
+use crate::budget::{Account, Budget};
+use crate::connection::{Connection, WINDOW_BYTES};
 use crate::job::Context;
-use crate::line::{Account, Line};
+use crate::line::Line;
 use crate::negotiation::{
     Agreed, Catalog, ExportInfo, Misbehaviour, Negotiation, Progress, Unavailable,
 };
 use crate::payload::Payloads;
+use crate::poll::poll_until;
 use crate::window::{Received, Window};
 use crate::workers::Workers;
 
@@ -48,7 +50,8 @@ pub struct Settings {
     pub in_flight_requests_max: u64,
     /// Their data. One request may always be in flight.
     pub in_flight_bytes_max: u64,
-    /// The same for all connections together.
+    /// The same for all connections together. Over it, every connection may have one small request,
+    /// and the server two large ones (above 64 KiB); others wait in their sockets.
     pub in_flight_bytes_max_of_all: u64,
     /// Data of one connection's held requests, that of the answers included. Beyond it the socket
     /// is not read, and reads and flushes behind held writes wait with them; so it is as much as
@@ -57,6 +60,9 @@ pub struct Settings {
     /// The same for all connections together; each may hold one request. What is held is in
     /// flight, too, in the count for all.
     pub held_bytes_max_of_all: u64,
+    /// Time in which a write's data must come on by 64 KiB, and, when memory is short, replies be
+    /// taken; else the connection ends.
+    pub stall_timeout: Duration,
     /// Time for what is in flight when a client or the server says goodbye.
     pub drain_timeout: Duration,
 }
@@ -72,6 +78,7 @@ impl Default for Settings {
             in_flight_bytes_max_of_all: 256 << 20,
             held_bytes_max: 64 << 20,
             held_bytes_max_of_all: 128 << 20,
+            stall_timeout: Duration::from_secs(30),
             drain_timeout: Duration::from_secs(5),
         }
     }
@@ -84,7 +91,7 @@ pub struct Server {
     settings: Settings,
     workers: Workers,
     payloads: Arc<Payloads>,
-    in_flight: Arc<Account>,
+    budget: Arc<Budget>,
     held: Account,
     clients: Mutex<HashMap<u64, Client>>,
     next_client: AtomicU64,
@@ -103,9 +110,9 @@ impl Server {
         Ok(Arc::new(Self {
             exports,
             workers: Workers::start(settings.workers)?,
+            budget: Arc::new(Budget::new(settings.in_flight_bytes_max_of_all)),
             settings,
             payloads: Arc::new(Payloads::new()),
-            in_flight: Arc::default(),
             held: Account::default(),
             clients: Mutex::default(),
             next_client: AtomicU64::new(0),
@@ -186,7 +193,7 @@ impl Server {
         // Not every socket is TCP.
         let _ = sockopt::set_tcp_nodelay(&fd, true);
         let _ = sockopt::set_socket_keepalive(&fd, true);
-        let line = Line::new(fd, Arc::clone(&self.in_flight))
+        let line = Line::new(fd, Arc::clone(&self.budget))
             .inspect_err(|error| tracing::warn!(%error, "nbd: no event for a client"))
             .ok()?;
         let id = self.next_client.fetch_add(1, Ordering::Relaxed);

@@ -5,7 +5,7 @@ use std::net::Shutdown;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::support::{Running, eventually, option, request, serve, serve_with};
+use crate::support::{Raw, Running, eventually, option, request, serve, serve_with};
 use vmferry_channel::Stop;
 use vmferry_disk::simulated::{MemoryDisk, Operation as Disk};
 use vmferry_disk::{BlockDevice, Cached, DiskError, Extent, ExtentKind, Hold, Limits, Node, Unmap};
@@ -390,6 +390,90 @@ fn a_client_that_goes_away_while_its_write_is_in_the_disk_harms_nobody() {
         2,
         "whatever became of it, it is dirty"
     );
+}
+
+/// A client that has announced a write of 1 MiB and sent a part of it, which the server has taken.
+fn unfinished_write(running: &Running) -> Raw {
+    let mut raw = running.raw();
+    raw.enter("disk");
+    raw.request(request(Command::WRITE, 1, 0, 1 << 20));
+    raw.send(&[7; 100_000]);
+    raw
+}
+
+#[test]
+fn large_requests_over_the_budget_of_all_wait_for_their_turn() {
+    let disk = MemoryDisk::new(LENGTH);
+    let settings = Settings {
+        in_flight_bytes_max_of_all: 1 << 20,
+        ..Settings::default()
+    };
+    let (running, _node) = serve_with(&disk, settings);
+    let gate = disk.gate_range(Disk::Write, 0..1 << 20);
+    let large = |command: Command| {
+        let mut raw = running.raw();
+        raw.enter("disk");
+        raw.request(request(command, 1, 0, 1 << 20));
+        if command == Command::WRITE {
+            raw.send(&vec![7; 1 << 20]);
+        }
+        raw
+    };
+    // One fits, two have the reserve.
+    let mut admitted: Vec<Raw> = (0..3).map(|_| large(Command::WRITE)).collect();
+    gate.wait_reached(3);
+    let mut waiting = large(Command::READ);
+    assert!(waiting.is_silent());
+    assert_eq!(disk.count(Disk::Read), 0);
+    // What is small goes on.
+    let mut other = running.client();
+    other.write(2 << 20, &[1; 4096], false).unwrap();
+    other.read(2 << 20, &mut [0; 4096]).unwrap();
+    gate.open();
+    for raw in &mut admitted {
+        assert_eq!(raw.simple_reply(), (0, 1));
+    }
+    assert_eq!(waiting.simple_reply(), (0, 1));
+    assert_eq!(waiting.receive(1 << 20), vec![7; 1 << 20]);
+}
+
+#[test]
+fn a_write_whose_data_stays_away_ends_its_connection() {
+    let disk = MemoryDisk::new(LENGTH);
+    let settings = Settings {
+        in_flight_bytes_max_of_all: 1 << 20,
+        stall_timeout: Duration::from_millis(200),
+        ..Settings::default()
+    };
+    let (running, node) = serve_with(&disk, settings);
+    let mut stalled: Vec<Raw> = (0..5).map(|_| unfinished_write(&running)).collect();
+    for raw in &mut stalled {
+        assert_eq!(raw.receive_to_end(), []);
+    }
+    running.await_connections(0);
+    assert_eq!((disk.count(Disk::Write), node.dirty().count()), (0, 0));
+    running.client().write(0, &vec![1; 1 << 20], false).unwrap();
+}
+
+#[test]
+fn replies_that_are_not_read_do_not_keep_the_memory_that_others_need() {
+    let disk = MemoryDisk::new(16 << 20);
+    let settings = Settings {
+        in_flight_bytes_max_of_all: 1 << 20,
+        stall_timeout: Duration::from_millis(200),
+        ..Settings::default()
+    };
+    let (running, _node) = serve_with(&disk, settings);
+    // More than a socket takes.
+    let mut deaf: Vec<Raw> = Vec::new();
+    for _ in 0..3 {
+        let mut raw = running.raw();
+        raw.enter("disk");
+        raw.request(request(Command::READ, 1, 0, 16 << 20));
+        deaf.push(raw);
+    }
+    eventually(|| disk.count(Disk::Read) >= 2);
+    running.client().write(0, &vec![1; 1 << 20], false).unwrap();
 }
 
 #[test]
