@@ -32,6 +32,7 @@ mod writer;
 pub use ancillary::{DESCRIPTORS_MAX, recv_with_fds, send_with_fds};
 pub use channel::{Channel, Counter, Direction};
 pub use error::ChannelError;
+pub use inherited::{duplicate_inherited, is_inherited_listener};
 pub use listener::{Listener, Socket};
 pub use open::{connect, open_incoming, open_outgoing};
 pub use rate::{RateLimit, SLICE, SliceBudget};

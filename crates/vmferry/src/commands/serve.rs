@@ -4,13 +4,13 @@ use std::io;
 use std::thread;
 
 use sd_notify::NotifyState;
-use vmferry_channel::{Listener, Uri};
+use vmferry_channel::{Listener, Uri, is_inherited_listener};
 use vmferry_daemon::{Config, Daemon, Disk, Incoming, StartError};
 use vmferry_disk::{Hold, Node};
 use vmferry_migration::{Record, RecordFile, Residence, Standing, Start, start};
 use vmferry_qmp::types::ShutdownCause;
 
-use crate::activation::{self, Activated};
+use crate::activation::Activated;
 use crate::disks::{self, OpenDisks, Past, Purpose};
 use crate::exit::{Exit, Failure};
 use crate::flags::ServeFlags;
@@ -256,7 +256,7 @@ fn incoming_door(flag: &IncomingFlag) -> Result<Incoming, Failure> {
         IncomingFlag::At(uri @ (Uri::Tcp { .. } | Uri::Unix(_))) => {
             Incoming::Listener(listen("--incoming", uri)?)
         }
-        IncomingFlag::At(uri @ Uri::Fd(number)) if activation::is_listening(*number) => {
+        IncomingFlag::At(uri @ Uri::Fd(number)) if is_inherited_listener(*number) => {
             Incoming::Listener(listen("--incoming", uri)?)
         }
         IncomingFlag::At(uri) => Incoming::Once(uri.clone()),

@@ -11,12 +11,12 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use rustix::fs::{FileType, fstat};
-use vmferry_channel::Uri;
+use vmferry_channel::{Uri, duplicate_inherited};
 
+use crate::child;
 use crate::commands::daemon::{Daemon, Refusal};
 use crate::disks::MadeFiles;
 use crate::exit::{Exit, Failure};
-use crate::{activation, child};
 
 /// Name of the descriptor at the daemon.
 const FD_NAME: &str = "vmferry-migrate";
@@ -65,9 +65,9 @@ impl Target {
                     made,
                 })
             }
-            Uri::Fd(number) => activation::duplicate(*number)
+            Uri::Fd(number) => duplicate_inherited(*number)
                 .map(Self::Descriptor)
-                .map_err(failed),
+                .map_err(|error| Failure::new(Exit::Failed, error)),
             Uri::Stdio => {
                 if io::stdout().is_terminal() {
                     return Err(Failure::usage(
@@ -296,6 +296,8 @@ mod tests {
     fn an_inherited_descriptor_is_duplicated_and_others_are_refused() {
         use std::os::fd::AsRawFd;
         let (mut ours, theirs) = UnixStream::pair().unwrap();
+        // As one that has come through `exec`.
+        rustix::io::fcntl_setfd(&theirs, rustix::io::FdFlags::empty()).unwrap();
         let number = theirs.as_raw_fd();
         let Target::Descriptor(fd) = Target::open(&Uri::Fd(number)).unwrap() else {
             panic!("no descriptor");
