@@ -53,7 +53,7 @@ fn one_kill(rng: &mut fastrand::Rng) -> (&'static str, Vec<Side>, Outcome) {
         2 | 3 => vec![Side::Destination],
         _ => vec![Side::Source, Side::Destination],
     };
-    let target = [Target::Empty, Target::Full][rng.usize(0..2)];
+    let target = [Target::Empty, Target::Full, Target::Made][rng.usize(0..3)];
     // What is done with the last bytes takes a while.
     let after = match rng.bool() {
         true => Duration::ZERO,

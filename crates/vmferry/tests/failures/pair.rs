@@ -261,9 +261,11 @@ impl Pair {
 
     /// Fails unless the disk is live on this side, has everything that was acknowledged, and is not live on the other.
     pub(crate) fn check(&self, live: Side) {
-        until("the disk to be live", || {
-            (self.daemon(live).hold() == "nothing").then_some(())
-        });
+        let hold = self.daemon(live).hold();
+        assert_eq!(
+            hold, "nothing",
+            "the {live:?}, where the disk should be live"
+        );
         self.load.wait_for_writes(live.index());
         let other = live.other();
         if let Some(daemon) = &self.daemons[other.index()] {
@@ -360,6 +362,10 @@ impl Pair {
         let info = self.wait_for_source();
         assert_eq!(info["status"], "completed", "{info}");
         assert_eq!(info["x-durable"], true, "{info}");
+        until("the migration to arrive", || {
+            let info = self.daemon(Destination).ask("query-migrate");
+            (info["status"] == "completed").then_some(())
+        });
         let passed = link.end();
         assert!(
             passed.ping && passed.pong,
