@@ -30,6 +30,7 @@ mod client_replies;
 mod connection;
 mod held;
 mod job;
+mod lanes;
 mod line;
 mod pace;
 mod payload;

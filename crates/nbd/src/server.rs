@@ -44,7 +44,7 @@ pub struct Settings {
     pub connections_max: usize,
     /// Time in which a client must have chosen its export.
     pub handshake_timeout: Duration,
-    /// Threads that wait for disks.
+    /// Threads that wait for disks. One disk leaves two of them to the others.
     pub workers: usize,
     /// Requests of one connection that are not answered yet.
     pub in_flight_requests_max: u64,

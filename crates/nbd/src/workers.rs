@@ -1,12 +1,12 @@
 //! The threads that wait for disks, so that connections need not.
 
-use std::collections::VecDeque;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use crate::job::Job;
+use crate::lanes::{Key, Lanes};
 
 /// A fixed number of threads and a queue that can be closed. Dropping it runs what is queued and
 /// ends the threads.
@@ -16,26 +16,27 @@ pub(crate) struct Workers {
     threads: Vec<JoinHandle<()>>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Queue {
     state: Mutex<State>,
     filled: Condvar,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct State {
-    jobs: VecDeque<Job>,
+    lanes: Lanes,
     idle: usize,
     closed: bool,
 }
 
 impl Workers {
     pub(crate) fn start(count: usize) -> io::Result<Self> {
+        let count = count.max(1);
         let mut workers = Self {
-            queue: Arc::default(),
+            queue: Arc::new(Queue::new(count)),
             threads: Vec::new(),
         };
-        for number in 0..count.max(1) {
+        for number in 0..count {
             let queue = Arc::clone(&workers.queue);
             let thread = std::thread::Builder::new()
                 .name(format!("nbd-worker-{number}"))
@@ -62,6 +63,18 @@ impl Drop for Workers {
 }
 
 impl Queue {
+    fn new(workers: usize) -> Self {
+        let state = State {
+            lanes: Lanes::new(workers),
+            idle: 0,
+            closed: false,
+        };
+        Self {
+            state: Mutex::new(state),
+            filled: Condvar::new(),
+        }
+    }
+
     /// Hand over jobs; the list is empty afterwards. A job that comes after the close is dropped,
     /// which ends its connection.
     pub(crate) fn submit(&self, jobs: &mut Vec<Job>) {
@@ -74,8 +87,10 @@ impl Queue {
                 drop(state);
                 return jobs.clear();
             }
-            state.jobs.extend(jobs.drain(..));
-            state.idle.min(state.jobs.len())
+            for job in jobs.drain(..) {
+                state.lanes.push(job);
+            }
+            state.idle.min(state.lanes.startable())
         };
         for _ in 0..wake {
             self.filled.notify_one();
@@ -83,21 +98,29 @@ impl Queue {
     }
 
     fn work(&self) {
-        while let Some(job) = self.next() {
+        let mut finished = None;
+        while let Some((job, key)) = self.next(finished.take()) {
             let line = job.line();
             if catch_unwind(AssertUnwindSafe(|| job.run())).is_err() {
                 tracing::error!("a disk operation panicked; its connection is closed");
                 line.sever();
             }
+            finished = Some(key);
         }
     }
 
-    fn next(&self) -> Option<Job> {
+    /// Wait for a job that may run. The end of one lets at most one other run, which is for the
+    /// caller to take: nobody else needs to be woken.
+    fn next(&self, finished: Option<Key>) -> Option<(Job, Key)> {
         let mut state = self.state();
+        if let Some(key) = finished {
+            state.lanes.finish(&key);
+        }
         loop {
-            if let Some(job) = state.jobs.pop_front() {
-                return Some(job);
+            if let Some(started) = state.lanes.start() {
+                return Some(started);
             }
+            // What waits for a running job of its lane is for the worker that runs that one.
             if state.closed {
                 return None;
             }

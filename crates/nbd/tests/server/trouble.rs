@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use crate::support::{Raw, Running, eventually, option, request, serve, serve_with};
 use vmferry_channel::Stop;
-use vmferry_disk::simulated::{MemoryDisk, Operation as Disk};
+use vmferry_disk::simulated::{CacheMode, MemoryDisk, Operation as Disk};
 use vmferry_disk::{BlockDevice, Cached, DiskError, Extent, ExtentKind, Hold, Limits, Node, Unmap};
 use vmferry_nbd::client::{Operation, Outcome};
 use vmferry_nbd::protocol::{Command, OptionCode};
@@ -529,6 +529,56 @@ fn a_stop_lets_requests_in_the_disk_finish_and_drops_held_ones() {
     drop(lease);
     assert_eq!(disk.count(Disk::Write), 1);
     assert_eq!(running.server.connections(), 0);
+}
+
+#[test]
+fn a_disk_that_hangs_leaves_workers_for_the_others() {
+    let disks = [MemoryDisk::new(LENGTH), MemoryDisk::new(LENGTH)];
+    let nodes: Vec<_> = ["disk", "other"]
+        .iter()
+        .zip(&disks)
+        .map(|(name, disk)| Node::new(*name, Box::new(disk.clone()), Hold::Nothing))
+        .collect();
+    let running = Running::new(nodes, Settings::default());
+    let gate = disks[0].gate(Disk::Flush);
+    let mut hanging = running.client();
+    for _ in 0..20 {
+        hanging.submit(Operation::Flush).unwrap();
+    }
+    gate.wait_reached(6);
+    let settings = ClientSettings::default();
+    let stop = Stop::new().unwrap();
+    let mut other = Client::connect(&running.uri("other"), &settings, &stop).unwrap();
+    for _ in 0..10 {
+        other.flush().unwrap();
+    }
+    assert_eq!(disks[0].count(Disk::Flush), 6);
+    gate.open();
+    for _ in 0..20 {
+        hanging.wait().unwrap().unwrap().result.unwrap();
+    }
+}
+
+#[test]
+fn reading_ahead_takes_one_worker_of_each_connection() {
+    let disk = MemoryDisk::new(LENGTH);
+    disk.set_cache(CacheMode::Partial(0));
+    let (running, _node) = serve(&disk);
+    let gate = disk.gate_range(Disk::Read, 0..1 << 20);
+    let mut raw = running.raw();
+    raw.enter("disk");
+    for cookie in 0..20 {
+        raw.request(request(Command::CACHE, cookie, 0, 1 << 20));
+    }
+    gate.wait_reached(1);
+    raw.request(request(Command::READ, 100, 2 << 20, 512));
+    assert_eq!(raw.simple_reply(), (0, 100));
+    raw.receive(512);
+    running.client().read(2 << 20, &mut [0; 512]).unwrap();
+    gate.open();
+    let mut cookies: Vec<u64> = (0..20).map(|_| raw.simple_reply().1).collect();
+    cookies.sort_unstable();
+    assert!(cookies.into_iter().eq(0..20));
 }
 
 #[test]
