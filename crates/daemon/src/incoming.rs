@@ -189,6 +189,7 @@ impl Hub {
         match catch_unwind(AssertUnwindSafe(|| receive(channel, job, published))) {
             Ok(Ok(arrived)) => {
                 tracing::info!(%peer, bytes = arrived.wire_bytes, "the migration has arrived");
+                published.update(|status| status.wire_bytes = arrived.wire_bytes);
                 if !arrived.source_told {
                     tracing::warn!(%peer, "the source could not be told; it may hold its disks");
                 }

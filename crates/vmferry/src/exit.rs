@@ -13,6 +13,8 @@ use std::fmt;
 use std::io::{self, Write};
 use std::process::ExitCode;
 
+use serde_json::{Value, json};
+
 /// How a command ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Exit {
@@ -55,6 +57,8 @@ pub(crate) struct Failure {
     pub(crate) exit: Exit,
     message: String,
     hints: Vec<String>,
+    /// Its object was printed already, for who reads JSON.
+    told: bool,
 }
 
 impl Failure {
@@ -63,6 +67,7 @@ impl Failure {
             exit,
             message: message.to_string(),
             hints: Vec::new(),
+            told: false,
         }
     }
 
@@ -77,6 +82,24 @@ impl Failure {
     pub(crate) fn hint(mut self, hint: impl fmt::Display) -> Self {
         self.hints.push(hint.to_string());
         self
+    }
+
+    /// What ends here was told as a JSON object already.
+    pub(crate) fn told(mut self) -> Self {
+        self.told = true;
+        self
+    }
+
+    /// The object of `--json`, unless one was printed already.
+    pub(crate) fn object(&self) -> Option<Value> {
+        let event = match self.exit {
+            Exit::Whole | Exit::Failed | Exit::Usage => "failed",
+            Exit::Undecided => "undecided",
+            Exit::Refused => "refused",
+            Exit::Cancelled => "cancelled",
+        };
+        let object = json!({"event": event, "error": self.message});
+        (!self.told).then_some(object)
     }
 
     pub(crate) fn message(&self) -> &str {
@@ -147,6 +170,21 @@ mod tests {
             String::from_utf8(out).unwrap(),
             "vmferry: error: disk \"a\" holds data  [2J\nhint: say overwrite=on\n"
         );
+    }
+
+    #[test]
+    fn a_failure_is_one_object_once() {
+        let object = |failure: Failure| failure.object();
+        assert_eq!(
+            object(Failure::refused("no\nway").hint("try")),
+            Some(json!({"event": "refused", "error": "no\nway"}))
+        );
+        assert_eq!(
+            object(Failure::new(Exit::Undecided, "who knows")),
+            Some(json!({"event": "undecided", "error": "who knows"}))
+        );
+        assert_eq!(object(Failure::usage("what")).unwrap()["event"], "failed");
+        assert_eq!(object(Failure::refused("no").told()), None);
     }
 
     #[test]

@@ -24,9 +24,14 @@ use flags::{Cli, Command, LogFlags};
 fn main() -> ExitCode {
     let cli = Cli::parse();
     log_to_stderr(cli.log);
+    let json_out = cli.command.json_out();
     match run(cli) {
         Ok(exit) => exit.into(),
         Err(failure) => {
+            if let (Some(mut out), Some(object)) = (json_out, failure.object()) {
+                // The exit status says it, too.
+                let _ = render::write_json(&mut out, &object);
+            }
             failure.report(&mut output::stderr());
             failure.exit.into()
         }

@@ -87,22 +87,22 @@ pub(crate) fn run(flags: &ReceiveFlags) -> Result<Exit, Failure> {
             Ok(Exit::Whole)
         }
         Err(error) => {
-            let mut failure = failed(&error, stop.is_triggered());
-            if keep_what_was_filled(made, &published, flags) && !flags.disk.is_empty() {
-                failure =
-                    failure.hint("the disks are not whole; the same command fills them again");
-            }
-            report.failed(&failure)?;
-            Err(failure)
+            keep_what_was_filled(made, &published, flags);
+            let failure = failed(&error, stop.is_triggered());
+            Err(if published.get().moved_bytes > 0 {
+                failure.hint("the disks are not whole; the same command fills them again")
+            } else {
+                failure
+            })
         }
     }
 }
 
 /// Once disks may have changed they stay, with records that say so: a second attempt fills them
 /// again. What was saved of the rest is of no use to anybody.
-fn keep_what_was_filled(made: MadeFiles, published: &Published, flags: &ReceiveFlags) -> bool {
+fn keep_what_was_filled(made: MadeFiles, published: &Published, flags: &ReceiveFlags) {
     if published.get().setup_time.is_none() {
-        return false;
+        return;
     }
     made.keep();
     if let Some(path) = &flags.save
@@ -110,7 +110,6 @@ fn keep_what_was_filled(made: MadeFiles, published: &Published, flags: &ReceiveF
     {
         tracing::warn!("cannot remove {}: {error}", path.display());
     }
-    true
 }
 
 /// What an earlier run says about a disk.
@@ -305,18 +304,6 @@ impl Report<'_> {
             }));
         }
         writeln!(self.out(), "{}", summary(disks, arrived, elapsed))
-    }
-
-    fn failed(&self, failure: &Failure) -> io::Result<()> {
-        if !self.flags.json {
-            // The failure itself is told on standard error.
-            return Ok(());
-        }
-        let event = match failure.exit {
-            Exit::Cancelled => "cancelled",
-            _ => "failed",
-        };
-        self.object(&json!({"event": event, "error": failure.message()}))
     }
 
     fn object(&self, object: &Value) -> io::Result<()> {

@@ -15,6 +15,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 use clap_complete::Shell;
 use vmferry_channel::Uri;
 
+use crate::output::{self, Out};
 use disk::DiskFlag;
 use incoming::IncomingFlag;
 pub(crate) use log::LogFlags;
@@ -97,6 +98,31 @@ pub(crate) enum Command {
         #[arg(value_hint = ValueHint::DirPath)]
         dir: Option<PathBuf>,
     },
+}
+
+impl Command {
+    /// Where `--json` wants its objects: standard output, unless that carries the stream, or the
+    /// way back to a source.
+    pub(crate) fn json_out(&self) -> Option<Out> {
+        let (json, uri) = match self {
+            Self::Serve(flags) => {
+                let uri = match &flags.incoming {
+                    Some(IncomingFlag::At(uri)) => Some(uri),
+                    Some(IncomingFlag::Defer) | None => None,
+                };
+                (flags.json, uri)
+            }
+            Self::Migrate(flags) => (flags.json, Some(&flags.uri)),
+            Self::Receive(flags) => (flags.json, Some(&flags.uri)),
+            Self::Status(flags) => (flags.json, None),
+            Self::Demo(flags) => (flags.json, None),
+            _ => (false, None),
+        };
+        json.then(|| match uri {
+            Some(Uri::Stdio | Uri::Fd(1)) => output::stderr(),
+            _ => output::stdout(),
+        })
+    }
 }
 
 const DISK_HELP: &str = "\

@@ -25,7 +25,10 @@ pub(crate) enum Outcome {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Summary {
     pub(crate) total_bytes: u64,
+    /// Of an incoming migration: bytes of the stream.
     pub(crate) sent_bytes: u64,
+    /// It came in; else it went out.
+    pub(crate) incoming: bool,
     pub(crate) elapsed: Duration,
     pub(crate) downtime: Option<Duration>,
     pub(crate) passes: u64,
@@ -89,9 +92,16 @@ impl Outcome {
 impl Summary {
     fn of(info: &MigrationInfo) -> Self {
         let disk = info.disk.clone().unwrap_or_default();
+        // Only a source has disks to hand over.
+        let incoming = info.x_hand_over.is_none();
         Self {
             total_bytes: disk.total,
-            sent_bytes: disk.transferred,
+            sent_bytes: if incoming {
+                disk.precopy_bytes
+            } else {
+                disk.transferred
+            },
+            incoming,
             elapsed: Duration::from_millis(info.total_time.unwrap_or(0)),
             downtime: info.downtime.map(Duration::from_millis),
             passes: info.x_pass.unwrap_or(0),
@@ -120,6 +130,9 @@ impl Summary {
 
     /// One line for a person.
     pub(crate) fn line(&self) -> String {
+        if self.incoming {
+            return self.line_of_incoming();
+        }
         let mut line = format!(
             "{} of disks, {} sent in {} ({}), {}",
             units::bytes(self.total_bytes),
@@ -137,6 +150,19 @@ impl Summary {
             None => "; one-way: nobody confirms that it arrived",
         };
         line
+    }
+
+    fn line_of_incoming(&self) -> String {
+        format!(
+            "{} of disks received, a stream of {} in {}; whole{}",
+            units::bytes(self.total_bytes),
+            units::bytes(self.sent_bytes),
+            units::time(self.elapsed),
+            match self.durable {
+                Some(true) => ", and on stable storage",
+                _ => "",
+            }
+        )
     }
 }
 
@@ -190,6 +216,7 @@ mod tests {
             downtime: Some(23),
             x_pass: Some(3),
             x_durable: Some(true),
+            x_hand_over: Some(HandOver::GivenUp),
             ..info(MigrationStatus::Completed)
         };
         let Some(Outcome::Completed(summary)) = Outcome::of(&info) else {
@@ -202,6 +229,24 @@ mod tests {
         );
         assert_eq!(summary.object()["durable"], true);
         assert_eq!(summary.object()["downtime-ms"], 23);
+
+        let arrived = MigrationInfo {
+            disk: Some(MigrationStats {
+                total: 3 << 30,
+                transferred: 4 << 30,
+                precopy_bytes: 5 << 30,
+                ..MigrationStats::default()
+            }),
+            x_hand_over: None,
+            ..info.clone()
+        };
+        let Some(Outcome::Completed(summary)) = Outcome::of(&arrived) else {
+            panic!()
+        };
+        assert_eq!(
+            summary.line(),
+            "3.00 GiB of disks received, a stream of 5.00 GiB in 4.0 s; whole, and on stable storage"
+        );
 
         info.x_durable = None;
         let object = Outcome::of(&info).unwrap().object();

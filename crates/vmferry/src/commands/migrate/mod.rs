@@ -51,7 +51,7 @@ pub(crate) fn run(flags: &MigrateFlags) -> Result<Exit, Failure> {
         Watched::Over(outcome) => {
             target.finish();
             report(flags, &outcome)?;
-            outcome.into_result()
+            outcome.into_result().map_err(Failure::told)
         }
     }
 }
