@@ -305,6 +305,9 @@ impl<R: Reads> SaveHandler for Source<R> {
     }
 
     fn iterate(&mut self, sink: &mut dyn Sink) -> Result<Progress, HandlerError> {
+        // Under a rate limit no more than this time slice allows, so that commands are heard.
+        let part_bytes = PART_BYTES_MAX.min(sink.allowance().max(1));
+        let is_full = |sent, frames| sent >= part_bytes || frames >= PART_FRAMES_MAX;
         let (mut sent, mut frames) = (0, 0);
         let progress = loop {
             self.collect(Duration::ZERO)?;
@@ -312,11 +315,11 @@ impl<R: Reads> SaveHandler for Source<R> {
             while let Some(frame) = self.schedule.next_frame() {
                 sent += self.send(&frame, sink)?;
                 frames += 1;
-                if is_full(sent, frames) || sink.allowance() == 0 {
+                if is_full(sent, frames) {
                     break;
                 }
             }
-            if is_full(sent, frames) || sink.allowance() == 0 {
+            if is_full(sent, frames) {
                 break Progress::Unfinished;
             }
             if self.schedule.is_idle(&Dirty(&self.disks)) {
@@ -385,10 +388,6 @@ impl<R: Reads> SaveHandler for Source<R> {
             }
         }
     }
-}
-
-fn is_full(sent_bytes: u64, frames: u32) -> bool {
-    sent_bytes >= PART_BYTES_MAX || frames >= PART_FRAMES_MAX
 }
 
 impl Disk {

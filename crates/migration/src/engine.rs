@@ -30,6 +30,8 @@ use crate::watch::Watch;
 const CONNECT_PATIENCE: Duration = Duration::from_secs(10);
 /// How long the destination may take to say what became of it. Afterwards it is undecided.
 const SHUT_PATIENCE: Duration = Duration::from_secs(10);
+/// How long to wait for what the destination has to say when the channel breaks.
+const LAST_WORD_PATIENCE: Duration = Duration::from_secs(1);
 /// How long a command at the other end of a one-way channel may take to end.
 const COMMAND_PATIENCE: Duration = Duration::from_secs(60);
 /// Commands and answers are looked for at least this often.
@@ -152,7 +154,7 @@ impl Engine {
                 // Guests go on at once: ending the handler waits for reads, which may be stuck.
                 drop(leases);
                 cleanup(&mut registry);
-                return Err(error);
+                return Err(self.last_word(error));
             }
         };
         cleanup(&mut registry);
@@ -432,6 +434,22 @@ impl Engine {
             if self.stop.is_triggered() {
                 return Outcome::Undecided;
             }
+        }
+    }
+
+    /// A destination that gives up closes the channel, too: what it said tells more than that.
+    fn last_word(&mut self, error: SourceFailure) -> SourceFailure {
+        let deadline = Instant::now() + LAST_WORD_PATIENCE;
+        let is_broken = matches!(error, SourceFailure::Save(_) | SourceFailure::Channel(_));
+        while is_broken && self.shut.is_none() && self.return_closed.is_none() {
+            if Instant::now() >= deadline || self.check_cancelled().is_err() {
+                break;
+            }
+            self.hear(deadline.min(Instant::now() + TICK));
+        }
+        match self.shut {
+            Some(status) if is_broken => SourceFailure::Refused { status },
+            _ => error,
         }
     }
 

@@ -92,7 +92,7 @@ pub enum SourceFailure {
     #[error(transparent)]
     Record(RecordError),
     /// The destination gave up.
-    #[error("the destination failed (SHUT {status})")]
+    #[error("the destination refused or failed (SHUT {status}); its own messages say why")]
     Refused {
         /// What it said.
         status: u32,
