@@ -474,15 +474,14 @@ impl<'a> Connection<'a> {
     /// ticket.
     fn read(&mut self, request: Request, ticket: Option<Ticket>) -> Result<(), End> {
         let length = request.length as usize;
-        let line = Arc::clone(self.line());
-        let ticket = || ticket.unwrap_or_else(|| line.ticket(cost(length)));
         let permit = match self
             .node()
             .begin_read(request.offset, u64::from(request.length))
         {
             Ok(permit) => permit,
             Err(refusal) => {
-                return self.refused(request, Payload::EMPTY, ticket(), refusal);
+                let ticket = ticket.unwrap_or_else(|| self.line().ticket(cost(length)));
+                return self.refused(request, Payload::EMPTY, ticket, refusal);
             }
         };
         let mut filled = 0;
@@ -528,7 +527,8 @@ impl<'a> Connection<'a> {
                 return Ok(());
             }
         }
-        self.read_by_worker(request, permit, filled, ticket());
+        let ticket = ticket.unwrap_or_else(|| self.line().ticket(cost(length)));
+        self.read_by_worker(request, permit, filled, ticket);
         Ok(())
     }
 
