@@ -10,8 +10,15 @@ use crate::exit::{Exit, Failure};
 use crate::render::{Outcome, Progress, Sample};
 use crate::signals::{Signal, Signals};
 
-/// How often the daemon is asked.
+/// How often the daemon is asked, in the long run.
 const INTERVAL: Duration = Duration::from_millis(250);
+/// How soon it is asked again at first: small disks move in no time.
+const FIRST_INTERVAL: Duration = Duration::from_millis(5);
+
+/// Ask ever more seldom.
+fn interval(since: Instant) -> Duration {
+    (since.elapsed() / 16).clamp(FIRST_INTERVAL, INTERVAL)
+}
 
 /// Why watching ended.
 #[derive(Debug, PartialEq)]
@@ -44,7 +51,7 @@ pub(crate) fn watch(
         if let Some(outcome) = outcome {
             return Ok(Watched::Over(outcome));
         }
-        match signals.wait(Some(INTERVAL))? {
+        match signals.wait(Some(interval(start)))? {
             None => {}
             Some(Signal::Hangup) => return Ok(Watched::Detached),
             Some(Signal::Stop) => match cancel.stopped_waiting() {
@@ -98,6 +105,7 @@ impl Cancel {
 
 /// Wait without showing anything.
 pub(crate) fn until_over(daemon: &mut Daemon, signals: &Signals) -> Result<Outcome, Failure> {
+    let start = Instant::now();
     loop {
         match daemon.migration() {
             Ok(info) => {
@@ -107,7 +115,7 @@ pub(crate) fn until_over(daemon: &mut Daemon, signals: &Signals) -> Result<Outco
             }
             Err(gone) => return last_word(daemon, &gone),
         }
-        if signals.wait(Some(INTERVAL))?.is_some() {
+        if signals.wait(Some(interval(start)))?.is_some() {
             return Err(Failure::new(Exit::Failed, "stopped waiting for the end"));
         }
     }
