@@ -73,6 +73,7 @@ impl Hub {
                 "'blk' cannot be off: this daemon has nothing but disks to migrate".to_owned(),
             ));
         }
+        let uri = arguments.address()?;
         let mut state = self.state();
         if let Some(reason) = state.why_disks_are_busy() {
             return Err(DaemonError::NotNow(reason));
@@ -85,10 +86,10 @@ impl Hub {
         let disks = self.disks_to_migrate(arguments.x_disks.as_deref())?;
         let one_way = arguments.x_one_way == Some(true) || !state.capabilities.return_path;
         if arguments.x_check == Some(true) {
-            return check(&arguments.uri, &disks, one_way);
+            return check(&uri, &disks, one_way);
         }
         let stop = Stop::new()?;
-        let target = open_target(client, &arguments.uri, &stop)?;
+        let target = open_target(client, &uri, &stop)?;
         let id = state.jobs.next_id();
         let published = self.announcer.watch(Course::Outgoing { job: id.clone() });
         let names = disks.iter().map(|disk| disk.node.name().to_owned());

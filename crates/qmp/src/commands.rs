@@ -10,7 +10,7 @@ use crate::types::{
     KvmInfo, Migrate, MigrateContinue, MigrateIncoming, MigrateSetCapabilities,
     MigrationCapabilityStatus, MigrationEvent, MigrationInfo, MigrationParameters,
     MigrationPassEvent, NameInfo, QmpCapabilities, QueryNamedBlockNodes, Resolve, SchemaInfo,
-    ShutdownEvent, StatusInfo, VersionInfo,
+    ShutdownEvent, StatusInfo, VersionInfo, drop_absent_capabilities,
 };
 
 /// One row of the table.
@@ -126,18 +126,25 @@ pub(crate) enum Asked {
 }
 
 /// Check a request against the table and make a typed command of it.
-pub(crate) fn lookup(name: &str, arguments: Map<String, Value>) -> Result<Asked, CommandError> {
+pub(crate) fn lookup(name: &str, mut arguments: Map<String, Value>) -> Result<Asked, CommandError> {
     let Some(row) = row(name) else {
         return Err(CommandError::command_not_found(format!(
             "The command {} has not been found",
             shorten(name)
         )));
     };
+    if name == "migrate-set-capabilities" {
+        drop_absent_capabilities(&mut arguments);
+    }
     if let Shape::Object(object) = row.arguments {
         check_arguments(object, &arguments)?;
     }
-    (row.build)(arguments)
-        .map_err(|error| CommandError::generic(format!("arguments of {name}: {error}")))
+    let asked = (row.build)(arguments)
+        .map_err(|error| CommandError::generic(format!("arguments of {name}: {error}")))?;
+    if let Asked::Handler(Command::Migrate(migrate)) = &asked {
+        migrate.address()?;
+    }
+    Ok(asked)
 }
 
 fn rows() -> impl Iterator<Item = &'static Row> {
@@ -259,10 +266,33 @@ mod tests {
                 };
                 arguments.insert(member.name.to_owned(), value);
             }
+            if row.name == "migrate" {
+                // It needs one of two.
+                arguments.insert("uri".to_owned(), json!("x"));
+            }
             match lookup(row.name, arguments).unwrap() {
                 Asked::Session(command) => assert_eq!(command.name(), row.name),
                 Asked::Handler(command) => assert_eq!(command.name(), row.name),
             }
+        }
+    }
+
+    #[test]
+    fn what_is_absent_can_be_switched_off_but_not_on() {
+        let set = |capability: &str, state: bool| {
+            let change = |name: &str, state| json!({"capability": name, "state": state});
+            let changes = json!([change("events", true), change(capability, state)]);
+            let arguments = Map::from_iter([("capabilities".to_owned(), changes)]);
+            lookup("migrate-set-capabilities", arguments)
+        };
+        let Ok(Asked::Handler(Command::MigrateSetCapabilities(set_only))) = set("xbzrle", false)
+        else {
+            panic!("not understood");
+        };
+        assert_eq!(set_only.capabilities.len(), 1);
+        for (capability, state) in [("xbzrle", true), ("flying", false)] {
+            let error = set(capability, state).unwrap_err().to_string();
+            assert!(error.contains("does not accept value"), "{error}");
         }
     }
 

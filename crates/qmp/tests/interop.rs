@@ -272,7 +272,7 @@ async def main():
         raise AssertionError("accepted")
     except ExecuteError as error:
         assert error.error_class == "GenericError", error
-        assert str(error) == "Parameter 'uri' is missing", error
+        assert str(error) == "Parameter 'url' is unexpected", error
     try:
         await client.execute("no-such-thing")
         raise AssertionError("accepted")

@@ -34,7 +34,7 @@ impl Handler for TestHandler {
             Command::Getfd(name) => client.getfd(&name.fdname)?,
             Command::Closefd(name) => drop(client.take_fd(&name.fdname)?),
             Command::Migrate(migrate) => {
-                let fd = client.take_fd(migrate.uri.trim_start_matches("fd:"))?;
+                let fd = client.take_fd(migrate.address()?.trim_start_matches("fd:"))?;
                 let mut file = std::fs::File::from(fd);
                 file.read_to_end(&mut self.received.lock().unwrap())
                     .unwrap();

@@ -1,12 +1,17 @@
 //! Migration.
 
+use serde_json::{Map, Value};
+
 use crate::schema::{enumeration, object};
+use crate::types::MigrationChannel;
 
 object! {
     /// Arguments of `migrate`.
     Migrate = "q_obj_migrate-arg" {
         /// Where to: `tcp:HOST:PORT`, `unix:PATH`, `fd:NAME` (of `getfd`).
-        uri "uri": String,
+        uri "uri": Option<String>,
+        /// The same, as QEMU 8.2 and later let it be said: one channel.
+        channels "channels": Option<Vec<MigrationChannel>>,
         /// With the disks. A storage daemon migrates nothing else: `false` is refused.
         blk "blk": Option<bool>,
         /// Taken for compatibility: the command always returns at once.
@@ -68,6 +73,42 @@ object! {
         /// Those to change.
         capabilities "capabilities": Vec<MigrationCapabilityStatus>,
     }
+}
+
+/// Features of QEMU (2.0 to 10) that are never on here.
+const ABSENT_CAPABILITIES: &[&str] = &[
+    "auto-converge",
+    "background-snapshot",
+    "compress",
+    "dirty-bitmaps",
+    "dirty-limit",
+    "late-block-activate",
+    "mapped-ram",
+    "multifd",
+    "postcopy-blocktime",
+    "postcopy-preempt",
+    "postcopy-ram",
+    "rdma-pin-all",
+    "release-ram",
+    "switchover-ack",
+    "validate-uuid",
+    "x-colo",
+    "x-ignore-shared",
+    "xbzrle",
+    "zero-copy-send",
+];
+
+/// Who drives many QEMUs switches everything off that it does not want: that is done already.
+pub(crate) fn drop_absent_capabilities(arguments: &mut Map<String, Value>) {
+    let Some(Value::Array(changes)) = arguments.get_mut("capabilities") else {
+        return;
+    };
+    changes.retain(|change| {
+        let name = change.get("capability").and_then(Value::as_str);
+        let known = name.is_some_and(|name| ABSENT_CAPABILITIES.contains(&name));
+        let members = change.as_object().map_or(0, Map::len);
+        !(known && members == 2 && change.get("state") == Some(&Value::Bool(false)))
+    });
 }
 
 enumeration! {

@@ -155,7 +155,7 @@ fn migrate(
     daemon.execute(
         "migrate",
         &Migrate {
-            uri,
+            uri: Some(uri),
             ..Migrate::default()
         },
     )?;

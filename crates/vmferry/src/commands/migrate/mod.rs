@@ -83,7 +83,7 @@ fn tell_checked(flags: &MigrateFlags) -> io::Result<()> {
 
 fn arguments(flags: &MigrateFlags, uri: String, only_check: bool) -> Migrate {
     Migrate {
-        uri,
+        uri: Some(uri),
         x_disks: (!flags.disk.is_empty()).then(|| flags.disk.clone()),
         x_one_way: Some(flags.one_way),
         x_check: Some(only_check),
