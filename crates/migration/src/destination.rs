@@ -309,7 +309,9 @@ impl<'a> Loading<'a> {
     }
 
     fn run(&mut self, answers: &mut Answers) -> Result<Arrived, DestinationFailure> {
-        self.load(answers)?;
+        let loaded = self.load(answers);
+        self.publish();
+        loaded?;
         let Some(ending) = self.machine.ending() else {
             return Err(self.truncated());
         };
@@ -380,7 +382,9 @@ impl<'a> Loading<'a> {
                     }
                 }
             }
-            self.publish();
+            if self.input.worth_publishing() {
+                self.publish();
+            }
         }
     }
 
@@ -553,11 +557,8 @@ impl<'a> Loading<'a> {
         })
     }
 
-    fn publish(&mut self) {
+    fn publish(&self) {
         let arrived = self.stats.arrived_bytes.load(Ordering::Relaxed);
-        if !self.input.worth_publishing() {
-            return;
-        }
         let wire_bytes = self.machine.offset();
         self.published.update(|status| {
             status.moved_bytes = arrived;
