@@ -11,7 +11,7 @@ use vmferry_disk::{DiskError, Filler, Unmap};
 const QUEUE_MAX: usize = 256;
 
 /// Write-back of a disk is started whenever this much was written to it.
-const WRITEBACK_BYTES: u64 = 64 << 20;
+pub(crate) const WRITEBACK_BYTES: u64 = 64 << 20;
 
 /// What has arrived.
 #[derive(Debug)]

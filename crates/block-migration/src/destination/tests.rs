@@ -3,6 +3,7 @@ use vmferry_disk::{Hold, Lease, Node};
 use vmferry_stream::{Name, RamRecord};
 
 use super::*;
+use crate::apply::WRITEBACK_BYTES;
 
 const MIB: u64 = CHUNK_BYTES;
 
@@ -158,8 +159,9 @@ fn a_block_that_ends_with_the_disk_completes_its_last_chunk() {
 
 #[test]
 fn written_data_is_on_its_way_to_the_medium_before_the_sync() {
-    let mut target = target(&[20 * MIB]);
-    for chunk in 0..20 {
+    let length = 2 * WRITEBACK_BYTES + MIB;
+    let mut target = target(&[length]);
+    for chunk in 0..length / MIB {
         target.data(0, chunk * MIB, 1);
     }
     assert_eq!(target.memories[0].count(Kind::StartWriteback), 2);
