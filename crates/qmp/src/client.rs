@@ -252,6 +252,8 @@ impl Client {
                     self.events.push_back(event);
                     continue;
                 }
+                // Whoever connects while a QEMU is still starting may be greeted twice.
+                Message::Other(message) if message.contains_key("QMP") => continue,
                 Message::Other(message) => message,
             };
             // A parse error comes without an id; with only one request under way it is ours.

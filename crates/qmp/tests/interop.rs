@@ -74,8 +74,13 @@ impl StorageDaemon {
         let end = Instant::now() + PATIENCE;
         loop {
             match Client::connect(&self.uri, &stop) {
-                // Not listening yet.
-                Err(ClientError::Channel(_)) if Instant::now() < end => std::thread::yield_now(),
+                // Not listening yet; or caught it while it was starting, which it does not take well
+                // (GLib complains, and what it then says need not be QMP).
+                Err(ClientError::Channel(_) | ClientError::NotQmp { .. })
+                    if Instant::now() < end =>
+                {
+                    std::thread::yield_now();
+                }
                 outcome => return outcome.unwrap(),
             }
         }

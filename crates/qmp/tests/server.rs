@@ -441,6 +441,15 @@ fn a_client_takes_the_longest_message_and_no_longer_one() {
 }
 
 #[test]
+fn a_second_greeting_is_passed_over() {
+    let speech = br#"{"QMP":{"version":{},"capabilities":[]}}{"return":7,"id":"vmferry-2"}"#;
+    let (mut client, server) = scripted(speech.to_vec());
+    assert_eq!(client.execute("x", json!({})).unwrap(), 7);
+    drop(client);
+    server.join().unwrap();
+}
+
+#[test]
 fn a_reply_to_somebody_else_is_noticed() {
     for speech in [
         &br#"{"return":{},"id":"vmferry-1"}"#[..],
