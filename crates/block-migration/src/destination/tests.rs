@@ -308,3 +308,48 @@ fn a_thread_that_has_failed_takes_everything_and_writes_nothing() {
     assert_eq!(memory.count(Kind::Write), 1);
     assert_eq!(memory.count(Kind::Flush), 0);
 }
+
+/// The block's data is `fill` throughout; returns what the destination says.
+fn data_error(target: &mut Target, byte: u64, fill: u8) -> Option<String> {
+    target.record(BlockChunk::Data {
+        sector: sector(byte),
+        device: name(0),
+    });
+    let room = target.destination.payload(MIB as usize).expect("room");
+    room.fill(fill);
+    let taken = target.destination.payload_filled();
+    taken.err().map(|error| error.to_string())
+}
+
+#[test]
+fn a_disk_that_is_shorter_than_the_source_s_is_not_cut_silently() {
+    for ours in [false, true] {
+        let mut target = target(&[MIB + MIB / 2]);
+        let stats = target.destination.stats();
+        stats.zero_padded.store(ours, Ordering::Relaxed);
+        let error = data_error(&mut target, MIB, 1);
+        // What a QEMU pads with is anything, so only our own padding tells.
+        assert_eq!(error.is_some(), ours, "{error:?}");
+        if let Some(error) = error {
+            assert!(error.contains("has data past the end"), "{error}");
+            let half = usize::try_from(MIB + 1).expect("small");
+            assert_eq!(
+                target.memories[0].snapshot()[half],
+                0x55,
+                "nothing was written"
+            );
+        }
+    }
+}
+
+#[test]
+fn the_last_block_of_an_odd_disk_tells_its_length() {
+    let odd = MIB + 1536;
+    assert_eq!(data_error(&mut target(&[odd]), 1536, 1), None);
+    // Sectors are whole: a length between two is padded to the next.
+    assert_eq!(data_error(&mut target(&[odd - 100]), 1536, 0), None);
+    for other in [odd - 512, odd + 512, 3 * MIB] {
+        let error = data_error(&mut target(&[other]), 1536, 1).expect("another length");
+        assert!(error.contains("is the last one of its disk"), "{error}");
+    }
+}
