@@ -1,0 +1,19 @@
+//! What is in a QEMU migration stream, where it breaks, and how to get memory and disks out of it.
+//!
+//! A walk goes through a stream once, front to back, from any source of bytes, and tells a
+//! [`Visitor`] what it finds.
+
+#![forbid(unsafe_code)]
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::indexing_slicing,
+        clippy::cast_possible_truncation,
+        clippy::unwrap_used,
+        clippy::arithmetic_side_effects
+    )
+)]
+
+mod walk;
+
+pub use walk::{VisitError, Visitor};

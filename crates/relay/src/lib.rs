@@ -1,0 +1,1 @@
+//! What stands between a running machine and a stream.

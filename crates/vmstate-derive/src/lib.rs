@@ -1,0 +1,3 @@
+//! `#[derive(VmState)]`; use it through `vmferry-vmstate`.
+
+#![forbid(unsafe_code)]

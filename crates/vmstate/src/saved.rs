@@ -1,0 +1,296 @@
+//! State as it stands in a stream: fields in wire order with their bytes, names and types.
+//!
+//! ```text
+//! body:        field field … subsection subsection …
+//! subsection:  05, str8 name, u32 version, body
+//! ```
+
+use std::borrow::Cow;
+use std::fmt;
+use std::sync::Arc;
+
+/// First byte of a subsection.
+pub(crate) const SUBSECTION: u8 = 0x05;
+/// Before each element of a list or tree.
+pub(crate) const ELEMENT: u8 = 1;
+/// Behind the last element of a list or tree.
+pub(crate) const LIST_END: u8 = 0;
+
+/// What the body of a device's section holds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SavedBody {
+    /// Described field by field.
+    Described(SavedState),
+    /// Written by an old-style pair of functions: nothing is known but the bytes.
+    OldStyle(Vec<u8>),
+}
+
+/// State of a device, a struct or a subsection.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SavedState {
+    /// Name of its description.
+    pub name: Arc<str>,
+    /// Version of its description.
+    pub version: u32,
+    /// Its fields in wire order; those that fail their condition are not here.
+    pub fields: Vec<SavedField>,
+    /// Its subsections in wire order; those that are not needed are not here.
+    pub subsections: Vec<SavedState>,
+}
+
+/// A field that was saved.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SavedField {
+    /// Its name, with the `[k]` of a repeated name.
+    pub name: Arc<str>,
+    /// Its type.
+    pub kind: FieldType,
+    /// A single value, an array, or one element of an array.
+    pub shape: Shape,
+    /// What it holds.
+    pub content: Content,
+}
+
+/// How a field stands in an array.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shape {
+    /// A single value.
+    One,
+    /// An array whose elements have the same layout, described once.
+    Array,
+    /// An element of an array that is described one by one.
+    Element {
+        /// Its place in the array.
+        index: u32,
+        /// It is the last of its array, or of its run in an array of pointers with nulls.
+        last: bool,
+    },
+}
+
+/// What a field holds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Content {
+    /// Bytes as on the wire: one element, or all elements of [`Shape::Array`] one after another.
+    Plain {
+        /// Number of elements: 1 unless the shape is an array.
+        count: u32,
+        /// Their bytes, a multiple of `count`.
+        bytes: Vec<u8>,
+    },
+    /// One struct, or the structs of an array (`struct`, `vstruct`, `tmp`).
+    Structs(Vec<SavedState>),
+    /// A list that ends itself (`qtailq`, `qlist`).
+    List(Vec<SavedState>),
+    /// A tree (`gtree`): each node is a key and a value.
+    Tree(Vec<(Content, SavedState)>),
+}
+
+/// QEMU's name of a field's type.
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub struct FieldType(Cow<'static, str>);
+
+/// A value of plain bytes, by its type.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Value<'a> {
+    /// `bool`; other bytes than 0 and 1 stay [`Value::Bytes`].
+    Bool(bool),
+    /// A signed number.
+    Int(i64),
+    /// An unsigned number.
+    Uint(u64),
+    /// Expiry in nanoseconds of the timer's clock; `None` when it is not armed.
+    Timer(Option<u64>),
+    /// A null pointer in an array of pointers.
+    Null,
+    /// Anything else.
+    Bytes(&'a [u8]),
+}
+
+impl FieldType {
+    /// A struct described inside the field.
+    pub const STRUCT: Self = Self::named("struct");
+    /// A struct in a version that its owner fixes.
+    pub const VSTRUCT: Self = Self::named("vstruct");
+    /// Values computed for the stream.
+    pub const TMP: Self = Self::named("tmp");
+    /// A tail queue.
+    pub const QTAILQ: Self = Self::named("qtailq");
+    /// A list.
+    pub const QLIST: Self = Self::named("qlist");
+    /// A balanced tree.
+    pub const GTREE: Self = Self::named("gtree");
+    /// A null in an array of pointers.
+    pub const NULLPTR: Self = Self::named("nullptr");
+    /// Bytes without a length.
+    pub const BUFFER: Self = Self::named("buffer");
+
+    /// A type whose name is known when compiling.
+    #[must_use]
+    pub const fn named(name: &'static str) -> Self {
+        Self(Cow::Borrowed(name))
+    }
+
+    /// A type whose name was read.
+    #[must_use]
+    pub fn new(name: String) -> Self {
+        Self(Cow::Owned(name))
+    }
+
+    /// The name.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// The value of one element of this type.
+    #[must_use]
+    pub fn value<'a>(&self, bytes: &'a [u8]) -> Value<'a> {
+        let name = self.as_str();
+        let signed = name.starts_with("int");
+        match (name, bytes) {
+            ("bool", [byte @ (0 | 1)]) => Value::Bool(*byte == 1),
+            ("nullptr", [0x30]) => Value::Null,
+            ("timer", _) => match uint(bytes) {
+                Some(u64::MAX) => Value::Timer(None),
+                Some(expiry) => Value::Timer(Some(expiry)),
+                None => Value::Bytes(bytes),
+            },
+            _ if signed && name != "int64 equal" => {
+                int(bytes).map_or(Value::Bytes(bytes), Value::Int)
+            }
+            _ if signed || name.starts_with("uint") => {
+                uint(bytes).map_or(Value::Bytes(bytes), Value::Uint)
+            }
+            _ => Value::Bytes(bytes),
+        }
+    }
+}
+
+fn uint(bytes: &[u8]) -> Option<u64> {
+    match bytes.len() {
+        1 | 2 | 4 | 8 => Some(
+            bytes
+                .iter()
+                .fold(0, |value, byte| value << 8 | u64::from(*byte)),
+        ),
+        _ => None,
+    }
+}
+
+fn int(bytes: &[u8]) -> Option<i64> {
+    Some(match *bytes {
+        [a] => i8::from_be_bytes([a]).into(),
+        [a, b] => i16::from_be_bytes([a, b]).into(),
+        [a, b, c, d] => i32::from_be_bytes([a, b, c, d]).into(),
+        [a, b, c, d, e, f, g, h] => i64::from_be_bytes([a, b, c, d, e, f, g, h]),
+        _ => return None,
+    })
+}
+
+impl SavedBody {
+    /// Append the bytes of the body.
+    pub fn encode(&self, out: &mut Vec<u8>) {
+        match self {
+            Self::Described(state) => state.encode(out),
+            Self::OldStyle(bytes) => out.extend_from_slice(bytes),
+        }
+    }
+}
+
+impl SavedState {
+    /// Append fields and subsections.
+    pub fn encode(&self, out: &mut Vec<u8>) {
+        for field in &self.fields {
+            field.content.encode(out);
+        }
+        for subsection in &self.subsections {
+            out.push(SUBSECTION);
+            let name = subsection.name.as_bytes();
+            out.push(u8::try_from(name.len()).unwrap_or(u8::MAX));
+            out.extend_from_slice(name);
+            out.extend_from_slice(&subsection.version.to_be_bytes());
+            subsection.encode(out);
+        }
+    }
+
+    /// The field of that name, the first of several.
+    #[must_use]
+    pub fn field(&self, name: &str) -> Option<&SavedField> {
+        self.fields.iter().find(|field| &*field.name == name)
+    }
+
+    /// The subsection of that name.
+    #[must_use]
+    pub fn subsection(&self, name: &str) -> Option<&SavedState> {
+        self.subsections.iter().find(|state| &*state.name == name)
+    }
+}
+
+impl SavedField {
+    /// The elements of a plain field, in order; none for structs, lists and trees.
+    pub fn values(&self) -> impl Iterator<Item = Value<'_>> {
+        let (count, bytes): (u32, &[u8]) = match &self.content {
+            Content::Plain { count, bytes } => (*count, bytes),
+            _ => (0, &[]),
+        };
+        let count = usize::try_from(count).unwrap_or(usize::MAX);
+        let size = bytes.len().checked_div(count).unwrap_or(0);
+        (0..count).map(move |k| {
+            let start = k.saturating_mul(size);
+            let element = bytes.get(start..start.saturating_add(size));
+            self.kind.value(element.unwrap_or_default())
+        })
+    }
+}
+
+impl Content {
+    /// A single plain value.
+    #[must_use]
+    pub fn plain(bytes: impl Into<Vec<u8>>) -> Self {
+        Self::Plain {
+            count: 1,
+            bytes: bytes.into(),
+        }
+    }
+
+    /// Append the bytes on the wire.
+    pub fn encode(&self, out: &mut Vec<u8>) {
+        match self {
+            Self::Plain { bytes, .. } => out.extend_from_slice(bytes),
+            Self::Structs(states) => {
+                for state in states {
+                    state.encode(out);
+                }
+            }
+            Self::List(states) => {
+                for state in states {
+                    out.push(ELEMENT);
+                    state.encode(out);
+                }
+                out.push(LIST_END);
+            }
+            Self::Tree(nodes) => {
+                let count = u32::try_from(nodes.len()).unwrap_or(u32::MAX);
+                out.extend_from_slice(&count.to_be_bytes());
+                for (key, value) in nodes {
+                    out.push(ELEMENT);
+                    key.encode(out);
+                    value.encode(out);
+                }
+                out.push(LIST_END);
+            }
+        }
+    }
+}
+
+impl fmt::Debug for FieldType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(self.as_str(), f)
+    }
+}
+
+impl fmt::Display for FieldType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
