@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use vmferry_buffer::{Buffer, Pool, is_zero};
 use vmferry_disk::{CHUNK_BYTES, Chunk, Filler, Limits};
 use vmferry_savevm::{HandlerError, LoadHandler};
-use vmferry_stream::{BLOCK_BYTES, BlockChunk, Record, SECTOR_BYTES, Sector};
+use vmferry_stream::{BLOCK_BYTES, BlockChunk, Name, Record, SECTOR_BYTES, Sector};
 
 use crate::apply::{Applier, ApplyError, Operation, Syncer};
 
@@ -42,7 +42,7 @@ pub enum DestinationError {
     #[error("the stream has a block of disk '{name}', which is not here (disks here: {here})")]
     UnknownDisk {
         /// The name in the stream.
-        name: String,
+        name: Name,
         /// The names here.
         here: String,
     },
@@ -206,11 +206,11 @@ impl Destination {
         Arc::clone(&self.stats)
     }
 
-    fn locate(&self, name: &str, sector: Sector) -> Result<(usize, u64, u64), DestinationError> {
+    fn locate(&self, name: &Name, sector: Sector) -> Result<(usize, u64, u64), DestinationError> {
         if name.is_empty() && !self.by_name.contains_key("") {
             return Err(DestinationError::Nameless);
         }
-        let Some(&index) = self.by_name.get(name) else {
+        let Some(&index) = self.by_name.get(name.as_str()) else {
             let here = self
                 .by_name
                 .keys()
@@ -222,14 +222,14 @@ impl Destination {
                 here.join(", ")
             };
             return Err(DestinationError::UnknownDisk {
-                name: name.to_owned(),
+                name: name.clone(),
                 here,
             });
         };
         let length = self.disks[index].limits.length;
         let offset = sector.start_byte();
         if offset >= length {
-            let name = name.to_owned();
+            let name = name.as_str().to_owned();
             return Err(DestinationError::BeyondEnd {
                 name,
                 offset,
@@ -243,7 +243,7 @@ impl Destination {
         ))
     }
 
-    fn zero(&mut self, name: &str, sector: Sector) -> Result<(), DestinationError> {
+    fn zero(&mut self, name: &Name, sector: Sector) -> Result<(), DestinationError> {
         let (disk, offset, end) = self.locate(name, sector)?;
         self.disks[disk].mark_arrived(offset..end);
         self.stats
@@ -273,7 +273,7 @@ impl Destination {
         Ok(())
     }
 
-    fn data(&mut self, name: &str, sector: Sector) -> Result<(), DestinationError> {
+    fn data(&mut self, name: &Name, sector: Sector) -> Result<(), DestinationError> {
         let (disk, offset, _) = self.locate(name, sector)?;
         self.apply_zeroes()?;
         let buffer = loop {

@@ -96,8 +96,8 @@ pub enum DestinationFailure {
     /// The channel failed.
     #[error(transparent)]
     Channel(#[from] ChannelError),
-    /// The stream is wrong. Names that came with it are shown, but as text on one line.
-    #[error("{}", one_line(.0))]
+    /// The stream is wrong.
+    #[error("{0}")]
     Load(LoadError),
     /// The stream asks for something that cannot be done with it here.
     #[error("byte {offset}: the source sent {command}: {reason}")]
@@ -135,18 +135,6 @@ impl From<LoadError> for DestinationFailure {
     fn from(error: LoadError) -> Self {
         Self::Load(error)
     }
-}
-
-/// A peer can put line ends and terminal commands into a name.
-fn one_line(error: &LoadError) -> String {
-    let mut line = String::new();
-    for character in error.to_string().chars() {
-        match character.is_control() {
-            true => line.extend(character.escape_default()),
-            false => line.push(character),
-        }
-    }
-    line
 }
 
 /// A migration that arrived.

@@ -100,10 +100,31 @@ impl fmt::Debug for Name {
     }
 }
 
+/// On one line of a terminal or a log: what would move a cursor, end a line or reorder text is shown
+/// as an escape, everything else as it is. [`Name::as_str`] is the name itself.
 impl fmt::Display for Name {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self)
+        if !self.contains(is_unsafe_to_show) {
+            return f.pad(self);
+        }
+        let mut shown = String::new();
+        for character in self.chars() {
+            if is_unsafe_to_show(character) {
+                shown.extend(character.escape_default());
+            } else {
+                shown.push(character);
+            }
+        }
+        f.pad(&shown)
     }
+}
+
+/// Controls, and what is invisible, separates lines or changes the direction of text.
+fn is_unsafe_to_show(character: char) -> bool {
+    character.is_control()
+        || matches!(character,
+            '\u{61c}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}'
+            | '\u{2060}'..='\u{206f}' | '\u{feff}')
 }
 
 /// The number by which PART, END and footers refer to a section; picked by the sender.
@@ -155,5 +176,36 @@ impl PageBits {
     #[must_use]
     pub fn bytes(self) -> u32 {
         1 << self.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Name;
+
+    #[test]
+    fn what_is_shown_stays_on_its_line() {
+        for (name, shown) in [
+            ("pc.ram", "pc.ram"),
+            ("Größe 磁盘 'x' \\", "Größe 磁盘 'x' \\"),
+            ("a\r\nb\tc", "a\\r\\nb\\tc"),
+            (
+                "\u{1b}[2J\u{9b}1m\u{7f}\0",
+                "\\u{1b}[2J\\u{9b}1m\\u{7f}\\u{0}",
+            ),
+            ("\u{202e}x\u{2028}\u{200b}", "\\u{202e}x\\u{2028}\\u{200b}"),
+        ] {
+            let name = Name::new(name).expect("short");
+            assert_eq!(name.to_string(), shown);
+            assert_eq!(format!("{name:>4}"), format!("{shown:>4}"));
+        }
+    }
+
+    #[test]
+    fn names_are_padded() {
+        let name = Name::new("ram").expect("short");
+        assert_eq!(format!("{name:6}|"), "ram   |");
+        let name = Name::new("a\n").expect("short");
+        assert_eq!(format!("{name:6}|"), "a\\n   |");
     }
 }
