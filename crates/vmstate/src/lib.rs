@@ -18,8 +18,13 @@
 
 mod description;
 mod device;
+mod layout;
 mod saved;
 
 pub use description::{Count, Description, Field};
 pub use device::{Decoded, Device, DeviceError};
+pub use layout::{
+    BodyError, BodyFault, BodyLayout, DescriptionError, DescriptionWriter, DeviceLayout, Dialect,
+    FieldLayout, StateLayout, VmDescription,
+};
 pub use saved::{Content, FieldType, SavedBody, SavedField, SavedState, Shape, Value};

@@ -213,6 +213,17 @@ impl SavedState {
         }
     }
 
+    /// Bytes on the wire, of fields and subsections.
+    #[must_use]
+    pub fn wire_bytes(&self) -> usize {
+        let fields = self.fields.iter().map(|field| field.content.wire_bytes());
+        let subsections = self.subsections.iter().map(|state| {
+            let header = state.name.len().saturating_add(6);
+            header.saturating_add(state.wire_bytes())
+        });
+        fields.chain(subsections).fold(0, usize::saturating_add)
+    }
+
     /// The field of that name, the first of several.
     #[must_use]
     pub fn field(&self, name: &str) -> Option<&SavedField> {
@@ -250,6 +261,47 @@ impl Content {
         Self::Plain {
             count: 1,
             bytes: bytes.into(),
+        }
+    }
+
+    /// Number of elements: 1 unless it is an array. A list counts as one.
+    #[must_use]
+    pub fn count(&self) -> u32 {
+        match self {
+            Self::Plain { count, .. } => *count,
+            Self::Structs(states) => u32::try_from(states.len()).unwrap_or(u32::MAX),
+            Self::List(_) | Self::Tree(_) => 1,
+        }
+    }
+
+    /// Bytes on the wire of its first element.
+    #[must_use]
+    pub fn element_bytes(&self) -> usize {
+        match self {
+            Self::Plain { count, bytes } => {
+                let count = usize::try_from(*count).unwrap_or(usize::MAX);
+                bytes.len().checked_div(count).unwrap_or(0)
+            }
+            Self::Structs(states) => states.first().map_or(0, SavedState::wire_bytes),
+            Self::List(_) | Self::Tree(_) => self.wire_bytes(),
+        }
+    }
+
+    /// Bytes on the wire.
+    #[must_use]
+    pub fn wire_bytes(&self) -> usize {
+        let add = usize::saturating_add;
+        match self {
+            Self::Plain { bytes, .. } => bytes.len(),
+            Self::Structs(states) => states.iter().map(SavedState::wire_bytes).fold(0, add),
+            Self::List(states) => states
+                .iter()
+                .map(|state| state.wire_bytes().saturating_add(1))
+                .fold(1, add),
+            Self::Tree(nodes) => nodes
+                .iter()
+                .map(|(key, value)| add(key.wire_bytes(), value.wire_bytes()).saturating_add(1))
+                .fold(5, add),
         }
     }
 

@@ -1,0 +1,358 @@
+//! Bodies taken apart by their layouts.
+
+use crate::layout::{BodyLayout, DeviceLayout, FieldLayout, StateLayout};
+use crate::saved::{
+    Content, ELEMENT, LIST_END, SUBSECTION, SavedBody, SavedField, SavedState, Shape,
+};
+
+/// Fields, structs and list elements of one body. A machine's largest device has some thousands; a
+/// description that multiplies a few bytes into more is refused.
+const MAX_NODES: u32 = 1 << 18;
+
+/// A body that is not laid out as its description says.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("byte {offset} of the device, field '{field}': {fault}")]
+pub struct BodyError {
+    /// Offset in the body.
+    pub offset: usize,
+    /// Path of the field: names, and places in arrays.
+    pub field: String,
+    /// What is wrong there.
+    pub fault: BodyFault,
+}
+
+/// What is wrong with a field of a body.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum BodyFault {
+    /// The body ends too early.
+    #[error("the body ends {missing} bytes too early")]
+    Truncated {
+        /// Bytes that are not there.
+        missing: u64,
+    },
+    /// The body goes on.
+    #[error("{0} bytes more than described")]
+    Trailing(usize),
+    /// A byte that marks an element, the end of a list, or a subsection.
+    #[error("{found:#04x} instead of {expected:#04x} ({what})")]
+    Marker {
+        /// What the byte marks.
+        what: &'static str,
+        /// In the body.
+        found: u8,
+        /// As described.
+        expected: u8,
+    },
+    /// Another subsection than described.
+    #[error("subsection {found} instead of {expected}")]
+    Subsection {
+        /// In the body, name and version.
+        found: String,
+        /// As described.
+        expected: String,
+    },
+    /// A number of tree nodes.
+    #[error("{found} nodes instead of {expected}")]
+    Nodes {
+        /// In the body.
+        found: u32,
+        /// As described.
+        expected: usize,
+    },
+    /// Sizes in the description do not add up.
+    #[error("described with {described} bytes, but its parts have {parts}")]
+    Size {
+        /// `size` of the field.
+        described: u64,
+        /// Sum of what is inside.
+        parts: u64,
+    },
+    /// The description makes too much of too few bytes.
+    #[error("described with more than {MAX_NODES} parts")]
+    TooManyParts,
+}
+
+impl DeviceLayout {
+    /// Take the whole body of the device's section apart.
+    ///
+    /// # Errors
+    /// It is not laid out like this; says where.
+    pub fn decode(&self, body: &[u8]) -> Result<SavedBody, BodyError> {
+        match &self.body {
+            BodyLayout::Described(layout) => layout.decode(body).map(SavedBody::Described),
+            BodyLayout::OldStyle { bytes } => {
+                let mut input = Input::new(body);
+                let data = input
+                    .take(*bytes)
+                    .map_err(|fault| input.error("data", fault))?;
+                let data = SavedBody::OldStyle(data.to_vec());
+                input.finish("data").map(|()| data)
+            }
+        }
+    }
+}
+
+impl StateLayout {
+    /// Take a body apart, to its last byte.
+    ///
+    /// # Errors
+    /// It is not laid out like this; says where.
+    pub fn decode(&self, body: &[u8]) -> Result<SavedState, BodyError> {
+        let mut input = Input::new(body);
+        let state = input.state(self)?;
+        input.finish(&self.name).map(|()| state)
+    }
+}
+
+struct Input<'a> {
+    rest: &'a [u8],
+    length: usize,
+    nodes: u32,
+    /// The fields around the one that is being read.
+    path: Vec<String>,
+}
+
+impl<'a> Input<'a> {
+    fn new(body: &'a [u8]) -> Self {
+        Self {
+            rest: body,
+            length: body.len(),
+            nodes: 0,
+            path: Vec::new(),
+        }
+    }
+
+    fn state(&mut self, layout: &StateLayout) -> Result<SavedState, BodyError> {
+        self.count_node(&layout.name)?;
+        let mut fields = Vec::with_capacity(layout.fields.len());
+        for field in &layout.fields {
+            fields.push(self.field(field)?);
+        }
+        let mut subsections = Vec::with_capacity(layout.subsections.len());
+        for subsection in &layout.subsections {
+            let found = self.subsection_header(subsection);
+            found.map_err(|fault| self.error(&subsection.name, fault))?;
+            self.path.push(subsection.name.to_string());
+            subsections.push(self.state(subsection)?);
+            self.path.pop();
+        }
+        Ok(SavedState {
+            name: layout.name.clone(),
+            version: layout.version,
+            fields,
+            subsections,
+        })
+    }
+
+    fn field(&mut self, layout: &FieldLayout) -> Result<SavedField, BodyError> {
+        self.count_node(&layout.name)?;
+        let content = match (layout.kind.as_str(), layout.inner.as_slice()) {
+            ("qtailq" | "qlist", elements) => {
+                self.measured(&shown(layout), layout.element_bytes, |input| {
+                    input.list(elements)
+                })?
+            }
+            ("gtree", parts) => self.measured(&shown(layout), layout.element_bytes, |input| {
+                input.tree(parts)
+            })?,
+            (_, [inner, ..]) => self.structs(layout, inner)?,
+            (_, []) => self.plain(layout)?,
+        };
+        Ok(SavedField {
+            name: layout.name.clone(),
+            kind: layout.kind.clone(),
+            shape: layout.shape,
+            content,
+        })
+    }
+
+    fn plain(&mut self, layout: &FieldLayout) -> Result<Content, BodyError> {
+        let here = |input: &Self, fault| input.error(&shown(layout), fault);
+        if layout.element_bytes == 0 && layout.count > 1 {
+            return Err(here(self, BodyFault::TooManyParts));
+        }
+        let bytes = layout.element_bytes.saturating_mul(u64::from(layout.count));
+        let bytes = self.take(bytes).map_err(|fault| here(self, fault))?;
+        Ok(Content::Plain {
+            count: layout.count,
+            bytes: bytes.to_vec(),
+        })
+    }
+
+    fn structs(&mut self, layout: &FieldLayout, inner: &StateLayout) -> Result<Content, BodyError> {
+        let mut states = Vec::new();
+        for k in 0..layout.count {
+            let name = match layout.shape {
+                Shape::Array => format!("{}[{k}]", layout.name),
+                _ => shown(layout),
+            };
+            states.push(self.measured(&name, layout.element_bytes, |input| input.state(inner))?);
+        }
+        Ok(Content::Structs(states))
+    }
+
+    /// Read something that has a name and a size.
+    fn measured<T>(
+        &mut self,
+        name: &str,
+        described: u64,
+        read: impl FnOnce(&mut Self) -> Result<T, BodyError>,
+    ) -> Result<T, BodyError> {
+        let before = self.rest.len();
+        self.path.push(name.to_owned());
+        let value = read(self)?;
+        self.path.pop();
+        let parts = u64::try_from(before.saturating_sub(self.rest.len())).unwrap_or(u64::MAX);
+        if parts != described {
+            return Err(self.error(name, BodyFault::Size { described, parts }));
+        }
+        Ok(value)
+    }
+
+    fn list(&mut self, elements: &[StateLayout]) -> Result<Content, BodyError> {
+        let mut states = Vec::with_capacity(elements.len());
+        for (k, element) in elements.iter().enumerate() {
+            states.push(self.element(k, element)?);
+        }
+        self.marker("end of the list", LIST_END)?;
+        Ok(Content::List(states))
+    }
+
+    fn element(&mut self, k: usize, layout: &StateLayout) -> Result<SavedState, BodyError> {
+        self.path.push(format!("[{k}]"));
+        self.marker("list element", ELEMENT)?;
+        let state = self.state(layout)?;
+        self.path.pop();
+        Ok(state)
+    }
+
+    fn tree(&mut self, parts: &[StateLayout]) -> Result<Content, BodyError> {
+        let count = self.array::<4>().map_err(|fault| self.error("", fault))?;
+        let found = u32::from_be_bytes(count);
+        let nodes = usize::try_from(found).unwrap_or(usize::MAX);
+        let keyed = nodes > 0 && parts.len() == nodes.saturating_mul(2);
+        if !keyed && parts.len() != nodes {
+            let expected = parts.len();
+            return Err(self.error("", BodyFault::Nodes { found, expected }));
+        }
+        let mut tree = Vec::new();
+        for (k, node) in parts.chunks(if keyed { 2 } else { 1 }).enumerate() {
+            self.path.push(format!("[{k}]"));
+            self.marker("tree node", ELEMENT)?;
+            let key = match node {
+                [key, _] => Content::Structs(vec![self.state(key)?]),
+                _ => {
+                    let key = self
+                        .array::<8>()
+                        .map_err(|fault| self.error("key", fault))?;
+                    Content::plain(key)
+                }
+            };
+            if let Some(value) = node.last() {
+                tree.push((key, self.state(value)?));
+            }
+            self.path.pop();
+        }
+        self.marker("end of the tree", LIST_END)?;
+        Ok(Content::Tree(tree))
+    }
+
+    fn subsection_header(&mut self, layout: &StateLayout) -> Result<(), BodyFault> {
+        let [found, length] = self.peek()?;
+        if found != SUBSECTION {
+            return Err(BodyFault::Marker {
+                what: "subsection",
+                found,
+                expected: SUBSECTION,
+            });
+        }
+        self.array::<2>()?;
+        let name = String::from_utf8_lossy(self.take(u64::from(length))?).into_owned();
+        let version = u32::from_be_bytes(self.array()?);
+        if *name != *layout.name || version != layout.version {
+            return Err(BodyFault::Subsection {
+                found: format!("'{}' version {version}", name.escape_debug()),
+                expected: format!("'{}' version {}", layout.name, layout.version),
+            });
+        }
+        Ok(())
+    }
+
+    fn marker(&mut self, what: &'static str, expected: u8) -> Result<(), BodyError> {
+        let found = match self.peek::<1>() {
+            Ok([found]) if found == expected => self.array::<1>().map(drop),
+            Ok([found]) => Err(BodyFault::Marker {
+                what,
+                found,
+                expected,
+            }),
+            Err(fault) => Err(fault),
+        };
+        found.map_err(|fault| self.error("", fault))
+    }
+
+    fn array<const N: usize>(&mut self) -> Result<[u8; N], BodyFault> {
+        let array = self.peek()?;
+        self.rest = self.rest.get(N..).unwrap_or_default();
+        Ok(array)
+    }
+
+    fn peek<const N: usize>(&self) -> Result<[u8; N], BodyFault> {
+        let array = self.rest.first_chunk::<N>().copied();
+        array.ok_or_else(|| self.truncated(u64::try_from(N).unwrap_or(u64::MAX)))
+    }
+
+    fn take(&mut self, bytes: u64) -> Result<&'a [u8], BodyFault> {
+        let split = usize::try_from(bytes)
+            .ok()
+            .and_then(|n| self.rest.split_at_checked(n));
+        let (taken, rest) = split.ok_or_else(|| self.truncated(bytes))?;
+        self.rest = rest;
+        Ok(taken)
+    }
+
+    fn truncated(&self, wanted: u64) -> BodyFault {
+        let have = u64::try_from(self.rest.len()).unwrap_or(u64::MAX);
+        BodyFault::Truncated {
+            missing: wanted.saturating_sub(have),
+        }
+    }
+
+    fn count_node(&mut self, name: &str) -> Result<(), BodyError> {
+        self.nodes = self.nodes.saturating_add(1);
+        if self.nodes > MAX_NODES {
+            return Err(self.error(name, BodyFault::TooManyParts));
+        }
+        Ok(())
+    }
+
+    fn finish(&self, name: &str) -> Result<(), BodyError> {
+        match self.rest.len() {
+            0 => Ok(()),
+            more => Err(self.error(name, BodyFault::Trailing(more))),
+        }
+    }
+
+    /// A fault at the next byte, in the field `name` of those around it.
+    fn error(&self, name: &str, fault: BodyFault) -> BodyError {
+        let around = self.path.iter().map(String::as_str);
+        let names: Vec<_> = around
+            .chain([name])
+            .filter(|name| !name.is_empty())
+            .collect();
+        BodyError {
+            offset: self.length.saturating_sub(self.rest.len()),
+            field: names.join("/").replace("/[", "["),
+            fault,
+        }
+    }
+}
+
+/// Name of a field with its place in its array.
+fn shown(layout: &FieldLayout) -> String {
+    match layout.shape {
+        Shape::Element { index, .. } => format!("{}[{index}]", layout.name),
+        _ => layout.name.to_string(),
+    }
+}
