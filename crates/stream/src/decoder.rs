@@ -40,6 +40,9 @@ pub struct Options {
     pub footers: Footers,
     /// Guest page size, unless the configuration says otherwise.
     pub page_bits: PageBits,
+    /// Offset of the stream's first byte in its file. Matters for mapped-ram files alone, which say
+    /// file offsets.
+    pub start: u64,
 }
 
 impl Default for Options {
@@ -49,6 +52,7 @@ impl Default for Options {
             configuration: Expect::Optional,
             footers: Footers::Auto,
             page_bits: PageBits::X86,
+            start: 0,
         }
     }
 }
@@ -216,7 +220,7 @@ impl Decoder {
             described: false,
             live: BTreeMap::new(),
             open: None,
-            ram: RamState::new(options.page_bits),
+            ram: RamState::new(options.page_bits, options.start),
             bitmap: BitmapState::default(),
             payload_bytes: 0,
             offset: 0,
@@ -248,7 +252,7 @@ impl Decoder {
             awaited: "section type",
             ..self.clone()
         };
-        resumed.ram.forget_block();
+        resumed.ram.resume();
         resumed
     }
 
@@ -307,6 +311,20 @@ impl Decoder {
             self.payload_bytes = bytes;
             self.state = State::Footer;
         }
+    }
+
+    /// `bytes` bytes belong to the body of the device section that was returned last, and there are
+    /// more: [`Decoder::skip_device`] says where it ends. No effect anywhere else.
+    pub fn part_of_device(&mut self, bytes: u64) {
+        if matches!(self.state, State::Body(Content::Device)) {
+            self.payload_bytes = bytes;
+        }
+    }
+
+    /// Is this the id of a live section, which PART and END may name?
+    #[must_use]
+    pub fn is_live(&self, id: SectionId) -> bool {
+        self.live.contains_key(&id)
     }
 
     /// Decode no more: announce whatever a window holds as payload, to the end of the input. For a
@@ -530,7 +548,11 @@ impl Decoder {
                 (Record::Block(chunk), ends)
             }
             Content::Ram => {
-                let record = self.ram.read(reader)?;
+                let kind = self
+                    .open
+                    .as_ref()
+                    .map_or(SectionKind::Part, |open| open.kind);
+                let record = self.ram.read(reader, kind)?;
                 let ends = record == RamRecord::EndOfSection;
                 (Record::Ram(record), ends)
             }
