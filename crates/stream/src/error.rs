@@ -38,6 +38,30 @@ impl DecodeError {
     }
 }
 
+/// Where something in a mapped-ram file must be; offsets of the file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MappedBound {
+    /// Exactly here, behind its header.
+    At(u64),
+    /// Not before the end of the bitmap.
+    From(u64),
+    /// At most [`crate::limits::MAX_MAPPED_GAP_BYTES`] behind the bitmap.
+    UpTo(u64),
+}
+
+impl std::fmt::Display for MappedBound {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::At(offset) => write!(
+                f,
+                "its header ends at {offset:#x} (does the stream start elsewhere in its file?)"
+            ),
+            Self::From(offset) => write!(f, "the bitmap ends at {offset:#x}"),
+            Self::UpTo(offset) => write!(f, "{offset:#x} is the highest that is accepted"),
+        }
+    }
+}
+
 /// What is wrong with a field. Numbers are shown as they stand in the stream.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -76,9 +100,6 @@ pub enum Fault {
         /// The version that is known.
         supported: u32,
     },
-    /// A layout that does not travel in one stream.
-    #[error("{0} is not supported")]
-    Unsupported(&'static str),
     /// A byte that starts no item.
     #[error("unknown section type {0:#04x}")]
     UnknownSectionType(u8),
@@ -174,6 +195,24 @@ pub enum Fault {
         bytes: u64,
         /// What the total leaves for it.
         left: u64,
+    },
+    /// Bitmap or pages of a mapped-ram file are not where they must be. Offsets are of the file.
+    #[error("{what} of RAM block '{name}' at file offset {found:#x}, but {bound}")]
+    MappedOffset {
+        /// `bitmap` or `pages`.
+        what: &'static str,
+        /// The block.
+        name: Name,
+        /// The offset in the stream.
+        found: u64,
+        /// What it should be.
+        bound: MappedBound,
+    },
+    /// A record of a ram section that a mapped-ram file cannot have: its pages have fixed places.
+    #[error("ram record with flags {flags:#x} in a mapped-ram file")]
+    MappedRecord {
+        /// All flags of the record.
+        flags: u64,
     },
     /// A command that does not exist.
     #[error("unknown command {number} (length {length})")]

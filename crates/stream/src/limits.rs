@@ -22,6 +22,15 @@ pub const MAX_LIVE_SECTIONS: usize = 256;
 /// RAM blocks that one stream lists. A machine with every slot filled has a few hundred.
 pub const MAX_RAM_BLOCKS: u32 = 4096;
 
+/// Bytes of a block's bitmap in a mapped-ram file: one bit for each 4 KiB page of a block of 16 TiB.
+pub const MAX_MAPPED_BITMAP_BYTES: u64 = 512 << 20;
+
+/// Bytes between a block's bitmap and its pages in a mapped-ram file. QEMU aligns pages to 1 MiB.
+pub const MAX_MAPPED_GAP_BYTES: u64 = 2 << 20;
+
+/// Pages of a mapped-ram file that are announced at once; a multiple of every page size.
+pub const MAX_MAPPED_PIECE_BYTES: u32 = 1 << 30;
+
 /// Sector numbers stay below this, so that every byte offset of a disk fits into an `i64`.
 pub const MAX_SECTOR: u64 = (i64::MAX as u64) >> 9;
 

@@ -14,11 +14,16 @@
 //! address follows from the configuration (`x-ignore-shared`). The page size is recognised: it is
 //! there for unusual pages only, POSTCOPY_ADVISE has named all page sizes in use, and a u64 that is
 //! one of them cannot be a block's name, which would start with a zero byte.
+//!
+//! In a mapped-ram file (capability `mapped-ram`) each entry of the list is followed by the block's
+//! pages; see [`crate::MappedBlock`]. The bodies hold nothing else then.
 
 use crate::error::Fault;
 use crate::limits::MAX_RAM_BLOCKS;
+use crate::mapped_ram::{self, MappedArea, MappedBlock};
 use crate::names::{Name, PageBits};
 use crate::reader::{Parse, Reader};
+use crate::section::SectionKind;
 
 const ZERO: u64 = 0x002;
 const BLOCK_LIST: u64 = 0x004;
@@ -58,6 +63,33 @@ pub enum RamRecord {
         page_bytes: Option<u64>,
         /// Its place in the guest, with the capability `x-ignore-shared`.
         guest_address: Option<u64>,
+        /// Where its pages are, with the capability `mapped-ram`. They follow: a
+        /// [`RamRecord::MappedBitmap`], a [`RamRecord::MappedGap`] unless there is none, and
+        /// [`RamRecord::MappedPages`] until all bytes in use have gone by.
+        mapped: Option<MappedBlock>,
+    },
+    /// Which pages of the block before are in the file; payload follows, one bit for each page, lowest
+    /// first (of a little-endian sender), padded to 64. A page without its bit is zero, whatever
+    /// stands in its place.
+    MappedBitmap {
+        /// The block.
+        block: Name,
+        /// Bytes of payload, at most [`crate::limits::MAX_MAPPED_BITMAP_BYTES`]; may be 0.
+        bytes: u32,
+    },
+    /// Bytes without a meaning follow.
+    MappedGap {
+        /// How many, at most [`crate::limits::MAX_MAPPED_GAP_BYTES`].
+        bytes: u32,
+    },
+    /// Pages, each in its place; payload follows.
+    MappedPages {
+        /// The block.
+        block: Name,
+        /// Where in the block they start.
+        offset_bytes: u64,
+        /// Bytes of payload: whole pages, at most [`crate::limits::MAX_MAPPED_PIECE_BYTES`].
+        bytes: u32,
     },
     /// A page of equal bytes.
     Zero {
@@ -98,7 +130,11 @@ impl RamRecord {
     #[must_use]
     pub fn payload_bytes(&self) -> u32 {
         match self {
-            Self::Page { bytes, .. } | Self::Compressed { bytes, .. } => *bytes,
+            Self::Page { bytes, .. }
+            | Self::Compressed { bytes, .. }
+            | Self::MappedBitmap { bytes, .. }
+            | Self::MappedGap { bytes }
+            | Self::MappedPages { bytes, .. } => *bytes,
             Self::Xbzrle { bytes, .. } => u32::from(*bytes),
             Self::BlockList { .. }
             | Self::Block { .. }
@@ -124,6 +160,10 @@ pub(crate) struct RamState {
     pub(crate) guest_addresses: bool,
     /// The configuration named `mapped-ram`.
     pub(crate) mapped: bool,
+    /// Offset in its file at which the stream starts.
+    file_start: u64,
+    /// What is to come of the block listed last.
+    area: Option<MappedArea>,
     /// All page sizes of the sender, ORed (POSTCOPY_ADVISE).
     pub(crate) advised_page_bytes: u64,
     last_block: Option<Name>,
@@ -134,11 +174,13 @@ pub(crate) struct RamState {
 }
 
 impl RamState {
-    pub(crate) fn new(page: PageBits) -> Self {
+    pub(crate) fn new(page: PageBits, file_start: u64) -> Self {
         Self {
             page,
             guest_addresses: false,
             mapped: false,
+            file_start,
+            area: None,
             advised_page_bytes: 0,
             last_block: None,
             list_bytes_left: 0,
@@ -154,8 +196,21 @@ impl RamState {
         self.last_block = None;
     }
 
-    /// Read the next record. Nothing changes unless it is whole and right.
-    pub(crate) fn read(&mut self, reader: &mut Reader<'_>) -> Parse<RamRecord> {
+    /// The stream goes on elsewhere, between two items.
+    pub(crate) fn resume(&mut self) {
+        self.forget_block();
+        self.list_bytes_left = 0;
+        self.area = None;
+    }
+
+    /// Read the next record of a section of this kind. Nothing changes unless it is whole and right.
+    pub(crate) fn read(&mut self, reader: &mut Reader<'_>, kind: SectionKind) -> Parse<RamRecord> {
+        if let Some(area) = &mut self.area {
+            if let Some(record) = area.next() {
+                return Ok(record);
+            }
+            self.area = None;
+        }
         if self.list_bytes_left > 0 {
             return self.read_block(reader);
         }
@@ -163,14 +218,19 @@ impl RamState {
         let page_mask = u64::from(self.page.bytes()).saturating_sub(1);
         let (value, flags) = (word & !page_mask, word & page_mask);
         match flags & !CONTINUE {
-            BLOCK_LIST if self.mapped => Err(reader.wrong(Fault::Unsupported("mapped-ram"))),
+            END => Ok(RamRecord::EndOfSection),
+            ZERO | PAGE | XBZRLE | COMPRESSED | MULTIFD_FLUSH if self.mapped => {
+                Err(reader.wrong(Fault::MappedRecord { flags }))
+            }
+            BLOCK_LIST if self.mapped && kind != SectionKind::Start => {
+                Err(reader.wrong(Fault::MappedRecord { flags }))
+            }
             BLOCK_LIST => {
                 self.list_bytes_left = value;
                 Ok(RamRecord::BlockList { total_bytes: value })
             }
             ZERO | PAGE | XBZRLE | COMPRESSED => self.read_page(value, flags, reader),
             MULTIFD_FLUSH => Ok(RamRecord::MultifdFlush),
-            END => Ok(RamRecord::EndOfSection),
             _ => Err(reader.wrong(Fault::UnknownFlags {
                 section: "ram",
                 flags,
@@ -184,6 +244,9 @@ impl RamState {
         reader.at_most(u64::from(blocks), u64::from(MAX_RAM_BLOCKS))?;
         let used_bytes = reader.u64("ram block length")?;
         reader.multiple(used_bytes, u64::from(self.page.bytes()))?;
+        if self.mapped {
+            reader.at_most(used_bytes, mapped_ram::used_bytes_max(self.page))?;
+        }
         let Some(left) = self.list_bytes_left.checked_sub(used_bytes) else {
             return Err(reader.wrong(Fault::BlockListOverrun {
                 name,
@@ -196,6 +259,12 @@ impl RamState {
             .guest_addresses
             .then(|| reader.u64("ram block guest address"))
             .transpose()?;
+        let mapped = self
+            .mapped
+            .then(|| MappedArea::read(reader, &name, used_bytes, self.page, self.file_start))
+            .transpose()?;
+        let (mapped, area) = mapped.unzip();
+        self.area = area;
         self.list_bytes_left = left;
         self.blocks = blocks;
         Ok(RamRecord::Block {
@@ -203,6 +272,7 @@ impl RamState {
             used_bytes,
             page_bytes,
             guest_address,
+            mapped,
         })
     }
 
@@ -279,13 +349,20 @@ impl RamState {
                 used_bytes,
                 page_bytes,
                 guest_address,
+                mapped,
             } => {
                 name.encode(out);
                 out.extend(used_bytes.to_be_bytes());
                 for field in [page_bytes, guest_address].into_iter().flatten() {
                     out.extend(field.to_be_bytes());
                 }
+                if let Some(mapped) = mapped {
+                    mapped.encode(out);
+                }
             }
+            RamRecord::MappedBitmap { .. }
+            | RamRecord::MappedGap { .. }
+            | RamRecord::MappedPages { .. } => {}
             RamRecord::Zero { page, fill } => {
                 self.encode_page(page, ZERO, out);
                 out.push(*fill);

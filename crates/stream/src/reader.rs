@@ -45,6 +45,12 @@ impl<'a> Reader<'a> {
         self.used
     }
 
+    /// Offset in the stream of the next byte.
+    pub(crate) fn offset(&self) -> u64 {
+        let used = u64::try_from(self.used).unwrap_or(u64::MAX);
+        self.base.saturating_add(used)
+    }
+
     pub(crate) fn u8(&mut self, field: &'static str) -> Parse<u8> {
         self.array(field).map(u8::from_be_bytes)
     }

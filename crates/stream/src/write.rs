@@ -22,7 +22,7 @@ impl Encoder {
     pub fn new(footers: bool) -> Self {
         Self {
             footers,
-            ram: RamState::new(PageBits::X86),
+            ram: RamState::new(PageBits::X86, 0),
         }
     }
 

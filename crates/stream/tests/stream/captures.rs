@@ -1,8 +1,8 @@
 //! Streams of real QEMUs.
 
 use vmferry_stream::{
-    BlockChunk, Command, Configuration, DiscardRange, Ending, Fault, Name, Options, PageSizes,
-    RamRecord, Record, SectionId, SectionKind,
+    BlockChunk, Command, Configuration, DiscardRange, Ending, Name, Options, PageSizes, RamRecord,
+    Record, SectionId, SectionKind,
 };
 
 use crate::drive::{Run, Split, find_footer, pass_rest, run, run_decoder};
@@ -14,7 +14,7 @@ fn forward_captures() -> Vec<String> {
         .expect("captures are there")
         .filter_map(|entry| entry.expect("entry").file_name().into_string().ok())
         .filter_map(|name| name.strip_suffix(".xz").map(str::to_owned))
-        .filter(|name| !name.ends_with(".rp") && !name.starts_with("mapped-ram"))
+        .filter(|name| !name.ends_with(".rp"))
         .collect();
     names.sort();
     names
@@ -191,6 +191,7 @@ fn ram_blocks_and_pages() {
                 used_bytes,
                 page_bytes: None,
                 guest_address: None,
+                mapped: None,
             } => Some((name.as_str(), *used_bytes)),
             _ => None,
         })
@@ -394,15 +395,4 @@ fn huge_pages_are_recognised() {
         assert_eq!(huge.len(), 1, "{capture_name}: {sizes:?}");
         assert_eq!(huge[0].1, Some(2 << 20));
     }
-}
-
-#[test]
-fn mapped_ram_is_refused() {
-    let run = decode("mapped-ram-100");
-    let error = run.ending.expect_err("mapped-ram is refused");
-    assert_eq!(error.fault, Fault::Unsupported("mapped-ram"));
-    assert_eq!(
-        error.to_string(),
-        "mapped-ram is not supported (byte 84, ram record)"
-    );
 }

@@ -4,6 +4,7 @@ mod captures;
 mod drive;
 mod limits;
 mod malformed;
+mod mapped_ram;
 mod return_path;
 mod roundtrip;
 mod split;

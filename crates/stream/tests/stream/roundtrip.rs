@@ -172,6 +172,7 @@ impl Source {
                 used_bytes,
                 page_bytes: None,
                 guest_address: None,
+                mapped: None,
             }));
         }
     }
@@ -283,6 +284,8 @@ fn captures_are_written_again_byte_for_byte() {
         "return-path-72.fwd",
         "multifd-100.conn0.fwd",
         "postcopy-hugepages-72.fwd",
+        "mapped-ram-100",
+        "mapped-ram-multifd-100",
     ] {
         let input = capture(capture_name);
         let decoded = run(&input, Options::default(), Split::Whole, &find_footer);
