@@ -109,6 +109,15 @@ pub enum DestinationFailure {
         /// Why not.
         reason: &'static str,
     },
+    /// Offsets in the stream are those of a file, and taking disks out of it moves them.
+    #[error(
+        "byte {offset}: the stream has its memory at fixed file offsets (capability mapped-ram), \
+         which cannot be received"
+    )]
+    MappedRam {
+        /// Where in the stream.
+        offset: u64,
+    },
     /// The stream goes on without the disks.
     #[error(
         "byte {offset}: the stream goes on with a device's state, but its disks have not ended"
@@ -400,6 +409,10 @@ impl<'a> Loading<'a> {
             // Only ours has no machine; it pads the end of a disk with zeroes.
             let ours = configuration.machine.is_empty();
             self.stats.zero_padded.store(ours, Ordering::Relaxed);
+            if configuration.has_capability("mapped-ram") {
+                let offset = self.machine.offset();
+                return Err(DestinationFailure::MappedRam { offset });
+            }
         }
         if !self.greeted && !matches!(record, StreamRecord::Header { .. }) {
             self.greet()?;

@@ -188,6 +188,13 @@ fn a_bad_beginning_touches_nothing() {
             "over the maximum",
         ),
         (with(b"QEVM\0\0\0\x03\x07\0\0\0\x02\xff\xff"), "not UTF-8"),
+        (
+            with(
+                b"QEVM\0\0\0\x03\x07\0\0\0\0\x05\x1aconfiguration/capabilities\0\0\0\x01\
+                  \0\0\0\x01\x0amapped-ram",
+            ),
+            "byte 60: the stream has its memory at fixed file offsets (capability mapped-ram)",
+        ),
         (b"GET / HTTP/1.1\r\n\r\n".to_vec(), "not a migration stream"),
         (Vec::new(), "truncated"),
     ] {
