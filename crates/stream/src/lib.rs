@@ -68,6 +68,7 @@ pub mod return_path;
 mod section;
 mod tail;
 mod write;
+pub mod xbzrle;
 
 pub use block::{BLOCK_BYTES, BLOCK_SECTORS, BlockChunk, SECTOR_BYTES, Sector};
 pub use command::{Command, DiscardRange, PageSizes};

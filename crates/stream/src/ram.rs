@@ -105,7 +105,7 @@ pub enum RamRecord {
         /// Bytes of payload: the page size.
         bytes: u32,
     },
-    /// What changed in a page; payload follows.
+    /// What changed in a page; payload follows, see [`crate::xbzrle`].
     Xbzrle {
         /// The page.
         page: RamPage,

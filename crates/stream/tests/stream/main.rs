@@ -9,6 +9,7 @@ mod return_path;
 mod roundtrip;
 mod split;
 mod truncation;
+mod xbzrle;
 
 use std::io::Read;
 use std::path::{Path, PathBuf};
