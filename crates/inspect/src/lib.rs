@@ -1,6 +1,6 @@
 //! What is in a QEMU migration stream, where it breaks, and how to get memory and disks out of it.
 //!
-//! A walk goes through a stream once, front to back, from any source of bytes, and tells a
+//! [`walk`] goes through a stream once, front to back, from any source of bytes, and tells a
 //! [`Visitor`] what it finds.
 
 #![forbid(unsafe_code)]
@@ -14,6 +14,13 @@
     )
 )]
 
+mod container;
+mod extract;
+pub mod limits;
+mod scan;
+mod source;
 mod walk;
 
-pub use walk::{VisitError, Visitor};
+pub use container::{Container, ContainerError, LibvirtHeader};
+pub use extract::{BlockImage, Blocks, ExtractError, MemoryImage};
+pub use walk::{Body, Finish, Found, VisitError, Visitor, WalkError, walk};

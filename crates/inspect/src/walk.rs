@@ -1,6 +1,31 @@
 //! One pass through a stream.
+//!
+//! ```text
+//! container ─▶ record ─┬─ payload ─▶ visitor, in pieces
+//!                      ├─ package ─▶ held, and walked through like a stream
+//!                      ├─ description ─▶ held
+//!                      └─ body of a device, of unknown length:
+//!                           FULL  ─▶ held with all that follows, until it is clear what that is
+//!                           other ─▶ visitor, in pieces, up to its footer
+//! ```
+//!
+//! The lengths of devices' bodies stand in the description, which is the last thing in a stream. So
+//! the device sections at the end are held; when the description is there, it says where each ends.
+//! Where there is none, or something else follows the devices, their ends are looked for
+//! ([`crate::scan`]).
 
-use vmferry_stream::{Record, Section};
+use std::collections::VecDeque;
+use std::io::{self, Read};
+
+use vmferry_stream::{
+    Command, Content, DecodeError, Decoder, Ending, Options, Record, Section, SectionKind, Step,
+};
+use vmferry_vmstate::{DescriptionError, VmDescription};
+
+use crate::container::{self, Container, ContainerError};
+use crate::limits::{DESCRIPTION_BYTES_MAX, HELD_BYTES_MAX};
+use crate::scan::{self, End, Next, Wanted};
+use crate::source::Source;
 
 /// Why a visitor wants no more.
 pub type VisitError = Box<dyn std::error::Error + Send + Sync>;
@@ -8,6 +33,12 @@ pub type VisitError = Box<dyn std::error::Error + Send + Sync>;
 /// What is told of a stream while it goes by, in its order. Offsets are bytes of the input, whatever
 /// container the stream is in.
 pub trait Visitor {
+    /// What stands before the stream.
+    ///
+    /// # Errors
+    /// Ends the walk.
+    fn container(&mut self, container: &Container) -> Result<(), VisitError>;
+
     /// A record, which starts at byte `offset`. A section of a device is told by
     /// [`Visitor::device`] too, before its [`Record::SectionEnd`].
     ///
@@ -15,22 +46,660 @@ pub trait Visitor {
     /// Ends the walk.
     fn record(&mut self, offset: u64, record: &Record) -> Result<(), VisitError>;
 
-    /// Payload of the record before, in pieces: `bytes` stands at byte `offset`. Not the bodies of
-    /// devices, nor a description or a package, which the walk reads itself.
+    /// Payload of the record before, in pieces: `bytes` stands at byte `offset`. Bodies of live
+    /// sections that nobody knows are payload too; devices, the description and packages are not.
     ///
     /// # Errors
     /// Ends the walk.
     fn payload(&mut self, offset: u64, bytes: &[u8]) -> Result<(), VisitError>;
 
+    /// What follows is inside a package, up to [`Visitor::package_end`].
+    ///
+    /// # Errors
+    /// Ends the walk.
+    fn package(&mut self, offset: u64) -> Result<(), VisitError>;
+
+    /// The package is over.
+    ///
+    /// # Errors
+    /// Ends the walk.
+    fn package_end(&mut self) -> Result<(), VisitError>;
+
     /// The body of a device's section, which starts at byte `offset`.
     ///
     /// # Errors
     /// Ends the walk.
-    fn device(&mut self, section: &Section, offset: u64, body: &[u8]) -> Result<(), VisitError>;
+    fn device(&mut self, body: Body<'_>) -> Result<(), VisitError>;
 
-    /// The text of the description, which starts at byte `offset`.
+    /// The description, whose text starts at byte `offset`. Told as soon as it is known: before the
+    /// devices that were held for its sake, and before its own record.
     ///
     /// # Errors
     /// Ends the walk.
-    fn description(&mut self, offset: u64, text: &[u8]) -> Result<(), VisitError>;
+    fn description(
+        &mut self,
+        offset: u64,
+        text: &[u8],
+        parsed: Result<VmDescription, DescriptionError>,
+    ) -> Result<(), VisitError>;
+}
+
+/// The body of a device.
+#[derive(Clone, Copy, Debug)]
+pub struct Body<'a> {
+    /// Its section.
+    pub section: &'a Section,
+    /// Where it starts in the input.
+    pub offset: u64,
+    /// Its bytes.
+    pub bytes: &'a [u8],
+    /// How its end was found.
+    pub found: Found,
+}
+
+/// How the end of a device's body was found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Found {
+    /// The description says its length.
+    ByDescription,
+    /// By the footer behind it.
+    ByFooter,
+    /// By what follows it: the stream has no footers.
+    ByNextHeader,
+}
+
+/// A stream could not be walked through to its end.
+#[derive(Debug, thiserror::Error)]
+pub enum WalkError {
+    /// It is broken, or ends too early.
+    #[error(transparent)]
+    Stream(#[from] DecodeError),
+    /// What stands before it is broken, or it is something else.
+    #[error(transparent)]
+    Container(#[from] ContainerError),
+    /// Something must be held to be understood, and is too long.
+    #[error("byte {offset}: {what} is longer than {max} bytes, which is as much as is held")]
+    TooLong {
+        /// Where it starts.
+        offset: u64,
+        /// What it is.
+        what: String,
+        /// The maximum; see [`crate::limits`].
+        max: usize,
+    },
+    /// The input cannot be read.
+    #[error("byte {offset}: {source}")]
+    Read {
+        /// How far it was read.
+        offset: u64,
+        /// Why it ended.
+        source: io::Error,
+    },
+    /// The visitor failed.
+    #[error("{0}")]
+    Visitor(VisitError),
+}
+
+/// How a stream ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Finish {
+    /// With or without a description.
+    pub ending: Ending,
+    /// Length of the stream, with what stands before it.
+    pub bytes: u64,
+    /// More input follows, which does not belong to the stream.
+    pub is_followed: bool,
+}
+
+/// Go through a stream, from its first byte to its end, and tell the visitor what is in it. Holds at
+/// most [`HELD_BYTES_MAX`] and a package of that length; the input may be a pipe.
+///
+/// # Errors
+/// The stream is broken or truncated, the input cannot be read, or the visitor failed. What was
+/// before that has been told.
+pub fn walk(input: impl Read, visitor: &mut impl Visitor) -> Result<Finish, WalkError> {
+    let mut source = Source::new(input);
+    let container = container::read(&mut source)?;
+    told(visitor.container(&container))?;
+    let base = source.offset();
+    let mut walk = Walk {
+        source,
+        decoder: Decoder::new(Options {
+            start: base,
+            ..Options::default()
+        }),
+        base,
+        described: Described::NotYet,
+        visitor,
+    };
+    walk.records()
+}
+
+struct Walk<'v, R, V> {
+    source: Source<R>,
+    decoder: Decoder,
+    /// Where the decoder's first byte stands in the input.
+    base: u64,
+    described: Described,
+    visitor: &'v mut V,
+}
+
+/// What is known of the description.
+enum Described {
+    NotYet,
+    /// It has been told.
+    Told,
+}
+
+impl<R: Read, V: Visitor> Walk<'_, R, V> {
+    fn records(&mut self) -> Result<Finish, WalkError> {
+        loop {
+            let offset = self.source.offset();
+            let step = self.decoder.step(self.source.window());
+            match step.map_err(|error| shifted(error, self.base))? {
+                Step::NeedMore(bytes) => {
+                    if !self.source.wait_for(bytes)? {
+                        return self.end_of_input();
+                    }
+                }
+                Step::Payload(bytes) => self.payload(bytes)?,
+                Step::End => return self.finish(Ending::WithDescription),
+                Step::Record { record, used } => {
+                    self.source.consume(used);
+                    told(self.visitor.record(offset, &record))?;
+                    self.follow(&record)?;
+                }
+            }
+        }
+    }
+
+    fn end_of_input(&mut self) -> Result<Finish, WalkError> {
+        let end = self.source.offset_of_end().saturating_sub(self.base);
+        let ending = self.decoder.finish_at(end);
+        let ending = ending.map_err(|error| shifted(error, self.base))?;
+        self.finish(ending)
+    }
+
+    fn finish(&mut self, ending: Ending) -> Result<Finish, WalkError> {
+        Ok(Finish {
+            ending: self.decoder.ending().unwrap_or(ending),
+            bytes: self.source.offset(),
+            is_followed: self.source.wait_for(1)?,
+        })
+    }
+
+    /// Hand payload on, in the pieces in which it comes.
+    fn payload(&mut self, bytes: u32) -> Result<(), WalkError> {
+        let mut left = usize::try_from(bytes).unwrap_or(usize::MAX);
+        while left > 0 {
+            if !self.source.wait_for(1)? {
+                return self.truncated();
+            }
+            let window = self.source.window();
+            let piece = window.get(..left).unwrap_or(window);
+            let used = piece.len();
+            told(self.visitor.payload(self.source.offset(), piece))?;
+            self.source.consume(used);
+            left = left.saturating_sub(used);
+        }
+        Ok(())
+    }
+
+    /// The input ends inside something that was announced.
+    fn truncated<T>(&self) -> Result<T, WalkError> {
+        let end = self.source.offset_of_end().saturating_sub(self.base);
+        match self.decoder.finish_at(end) {
+            Err(error) => Err(shifted(error, self.base)),
+            Ok(_) => Err(WalkError::Read {
+                offset: self.source.offset_of_end(),
+                source: io::ErrorKind::UnexpectedEof.into(),
+            }),
+        }
+    }
+
+    /// What some records announce is not for the visitor as it stands.
+    fn follow(&mut self, record: &Record) -> Result<(), WalkError> {
+        match record {
+            Record::Section(section) if section.content() == Content::Device => {
+                match section.kind {
+                    SectionKind::Full => self.devices(section),
+                    _ => self.unknown(section),
+                }
+            }
+            Record::Command(Command::Packaged { bytes }) => self.package(*bytes),
+            Record::Description { bytes } => self.description(*bytes),
+            _ => Ok(()),
+        }
+    }
+
+    fn package(&mut self, bytes: u32) -> Result<(), WalkError> {
+        let offset = self.source.offset();
+        let package = self.announced(bytes, HELD_BYTES_MAX, "a package")?;
+        told(self.visitor.package(offset))?;
+        let mut nested = self.decoder.package();
+        let mut slice = Slice {
+            decoder: &mut nested,
+            bytes: &package,
+            base: offset,
+            described: None,
+            found: VecDeque::new(),
+            visitor: self.visitor,
+        };
+        if let Walked::Short(at) = slice.walk(0, None)? {
+            let ending = nested.finish_at(count(package.len()));
+            ending.map_err(|error| shifted(error, offset))?;
+            debug_assert_eq!(at, package.len());
+        }
+        told(self.visitor.package_end())
+    }
+
+    fn description(&mut self, bytes: u32) -> Result<(), WalkError> {
+        let offset = self.source.offset();
+        let text = self.announced(bytes, DESCRIPTION_BYTES_MAX, "the description")?;
+        if let Described::NotYet = self.described {
+            self.described = Described::Told;
+            let parsed = VmDescription::parse(&text);
+            told(self.visitor.description(offset, &text, parsed))?;
+        }
+        Ok(())
+    }
+
+    /// Take payload that the walk itself needs, as a whole.
+    fn announced(&mut self, bytes: u32, max: usize, what: &str) -> Result<Vec<u8>, WalkError> {
+        let length = usize::try_from(bytes).unwrap_or(usize::MAX);
+        if length > max {
+            return Err(self.too_long(what, max));
+        }
+        // The announcement of an empty payload is left out.
+        if length > 0 {
+            let announced = self.decoder.step(self.source.window());
+            debug_assert_eq!(announced, Ok(Step::Payload(bytes)));
+        }
+        if !self.source.wait_for(length)? {
+            return self.truncated();
+        }
+        let taken = self
+            .source
+            .window()
+            .get(..length)
+            .unwrap_or_default()
+            .to_vec();
+        self.source.consume(length);
+        Ok(taken)
+    }
+
+    fn too_long(&self, what: &str, max: usize) -> WalkError {
+        WalkError::TooLong {
+            offset: self.source.offset(),
+            what: what.to_owned(),
+            max,
+        }
+    }
+
+    /// A live section whose body nobody knows: pass it on, up to its footer.
+    fn unknown(&mut self, section: &Section) -> Result<(), WalkError> {
+        let mut is_all = false;
+        loop {
+            let wanted = Wanted {
+                id: section.id,
+                footers: self.decoder.footers() != Some(false),
+                decoder: &self.decoder,
+                is_all,
+            };
+            let (bytes, ends) = match wanted.find(self.source.window(), 0) {
+                End::At { body_bytes, .. } => (body_bytes, true),
+                End::NotYet { searched } => (searched, false),
+            };
+            let announced = u32::try_from(bytes).unwrap_or(u32::MAX);
+            if ends {
+                self.decoder.skip_device(count(bytes));
+            } else {
+                self.decoder.part_of_device(count(bytes));
+            }
+            if bytes > 0 {
+                let step = self.decoder.step(self.source.window());
+                debug_assert_eq!(step, Ok(Step::Payload(announced)));
+                self.payload(announced)?;
+            }
+            if ends {
+                return Ok(());
+            }
+            if is_all {
+                return self.truncated();
+            }
+            let have = self.source.window().len();
+            is_all = !self.source.wait_for(have.saturating_add(1))?;
+        }
+    }
+
+    /// Device sections, of which the first has just begun: hold what comes until it is clear where
+    /// they end, then tell.
+    fn devices(&mut self, first: &Section) -> Result<(), WalkError> {
+        let mut search = Search {
+            ahead: self.decoder.clone(),
+            section: first.clone(),
+            at: 0,
+            searched: 0,
+            found: VecDeque::new(),
+        };
+        let mut is_all = false;
+        let seen = loop {
+            match search.advance(self.source.window(), is_all) {
+                Seen::Nothing if is_all => break Seen::Nothing,
+                Seen::Nothing => {
+                    let have = self.source.window().len();
+                    if have > HELD_BYTES_MAX {
+                        let what = format!("what follows device section '{}'", first.name);
+                        return Err(self.too_long(&what, HELD_BYTES_MAX));
+                    }
+                    is_all = !self.source.wait_for(have.saturating_add(1))?;
+                }
+                seen => break seen,
+            }
+        };
+        let window = self.source.window();
+        let (devices, text) = match seen {
+            Seen::Live => (window.get(..search.at).unwrap_or_default(), None),
+            Seen::End { description } => {
+                let text = description.and_then(|range| Some((range.start, window.get(range)?)));
+                (window.get(..search.at).unwrap_or_default(), text)
+            }
+            // The sections are broken somewhere. The description may still say where.
+            Seen::Nothing => (window, find_description(window)),
+        };
+        let base = self.source.offset();
+        let mut lengths = None;
+        if let Some((start, text)) = text {
+            let parsed = VmDescription::parse(text);
+            lengths = parsed.as_ref().ok().cloned();
+            self.described = Described::Told;
+            let start = base.saturating_add(count(start));
+            told(self.visitor.description(start, text, parsed))?;
+        }
+        let mut slice = Slice {
+            decoder: &mut self.decoder,
+            bytes: devices,
+            base: self.base,
+            described: lengths.as_ref(),
+            found: search.found,
+            visitor: self.visitor,
+        };
+        let used = match slice.walk(base.saturating_sub(self.base), Some(first))? {
+            Walked::Short(used) | Walked::Quit(used) => used,
+        };
+        self.source.consume(used);
+        Ok(())
+    }
+}
+
+/// Goes ahead through device sections, from guess to guess.
+struct Search {
+    ahead: Decoder,
+    section: Section,
+    /// Where the next body starts, or what follows the last one.
+    at: usize,
+    searched: usize,
+    /// Lengths of the bodies whose ends were found.
+    found: VecDeque<usize>,
+}
+
+/// What was seen ahead.
+enum Seen {
+    /// Not enough.
+    Nothing,
+    /// A live section or a command follows the devices.
+    Live,
+    /// EOF follows, and the description, if there is one.
+    End {
+        description: Option<std::ops::Range<usize>>,
+    },
+}
+
+impl Search {
+    fn advance(&mut self, window: &[u8], is_all: bool) -> Seen {
+        loop {
+            let wanted = Wanted {
+                id: self.section.id,
+                footers: self.ahead.footers() != Some(false),
+                decoder: &self.ahead,
+                is_all,
+            };
+            let rest = window.get(self.at..).unwrap_or_default();
+            let (body_bytes, next) = match wanted.find(rest, self.searched) {
+                End::At { body_bytes, next } => (body_bytes, next),
+                End::NotYet { searched } => {
+                    self.searched = searched;
+                    return Seen::Nothing;
+                }
+            };
+            if next == Next::Eof {
+                let Some(description) = eof(self.ahead.clone(), body_bytes, rest, is_all) else {
+                    // Look again when there is more.
+                    self.searched = body_bytes;
+                    return Seen::Nothing;
+                };
+                let start = self.at;
+                self.found.push_back(body_bytes);
+                self.at = pass(&mut self.ahead, body_bytes, rest)
+                    .map_or(self.at, |used| start.saturating_add(used));
+                let description = description.map(|range| {
+                    range.start.saturating_add(start)..range.end.saturating_add(start)
+                });
+                return Seen::End { description };
+            }
+            let Some(used) = pass(&mut self.ahead, body_bytes, rest) else {
+                self.searched = body_bytes.saturating_add(1);
+                continue;
+            };
+            self.found.push_back(body_bytes);
+            self.at = self.at.saturating_add(used);
+            self.searched = 0;
+            if next == Next::Live {
+                return Seen::Live;
+            }
+            let rest = window.get(self.at..).unwrap_or_default();
+            match self.ahead.step(rest) {
+                Ok(Step::Record {
+                    record: Record::Section(section),
+                    used,
+                }) if section.kind == SectionKind::Full && section.content() == Content::Device => {
+                    self.section = section;
+                    self.at = self.at.saturating_add(used);
+                }
+                _ => return Seen::Live,
+            }
+        }
+    }
+}
+
+/// Go over a body and its footer; how long they are. `None` if there is no footer after all.
+fn pass(decoder: &mut Decoder, body_bytes: usize, bytes: &[u8]) -> Option<usize> {
+    decoder.skip_device(count(body_bytes));
+    if body_bytes > 0 {
+        decoder.step(&[]).ok()?;
+    }
+    match decoder.step(bytes.get(body_bytes..)?) {
+        Ok(Step::Record { used, .. }) => Some(body_bytes.saturating_add(used)),
+        _ => None,
+    }
+}
+
+/// Where the description is behind the last body. `None` if there are too few bytes to say so.
+fn eof(
+    mut ahead: Decoder,
+    body_bytes: usize,
+    bytes: &[u8],
+    is_all: bool,
+) -> Option<Option<std::ops::Range<usize>>> {
+    let mut at = pass(&mut ahead, body_bytes, bytes)?;
+    for _ in 0..2 {
+        let rest = bytes.get(at..).unwrap_or_default();
+        let Ok(Step::Record { record, used }) = ahead.step(rest) else {
+            return is_all.then_some(None);
+        };
+        at = at.saturating_add(used);
+        if let Record::Description { bytes: length } = record {
+            let end = at.saturating_add(usize::try_from(length).unwrap_or(usize::MAX));
+            return match bytes.len() >= end {
+                true => Some(Some(at..end)),
+                false => is_all.then_some(None),
+            };
+        }
+    }
+    is_all.then_some(None)
+}
+
+/// A description at the very end: its place and text.
+fn find_description(bytes: &[u8]) -> Option<(usize, &[u8])> {
+    let mut ends = memchr::memmem::rfind_iter(bytes, b"{\"");
+    ends.find_map(|start| {
+        let text = bytes.get(start..)?;
+        let header = bytes.get(start.checked_sub(5)?..start)?;
+        let length = u32::try_from(text.len()).ok()?.to_be_bytes();
+        let is_header = header.split_first() == Some((&0x06, length.as_slice()));
+        is_header.then_some((start, text))
+    })
+}
+
+/// Bytes that are all at hand: device sections, or a package.
+struct Slice<'a, V> {
+    decoder: &'a mut Decoder,
+    bytes: &'a [u8],
+    /// Where the decoder's first byte stands in the input.
+    base: u64,
+    described: Option<&'a VmDescription>,
+    /// Lengths of the first bodies, as they were guessed.
+    found: VecDeque<usize>,
+    visitor: &'a mut V,
+}
+
+/// How far a slice was walked through.
+enum Walked {
+    /// Up to here; there are too few bytes for the next step.
+    Short(usize),
+    /// POSTCOPY_RUN ends a package; what follows is ignored.
+    Quit(usize),
+}
+
+impl<V: Visitor> Slice<'_, V> {
+    /// The first byte is the decoder's byte `start`. `open`: the section that has begun.
+    fn walk(&mut self, start: u64, open: Option<&Section>) -> Result<Walked, WalkError> {
+        let mut at = 0_usize;
+        let mut is_description = false;
+        if let Some(section) = open {
+            match self.device(section, at)? {
+                Some(bytes) => at = bytes,
+                None => return Ok(Walked::Short(0)),
+            }
+        }
+        loop {
+            let offset = self.base.saturating_add(start).saturating_add(count(at));
+            let window = self.bytes.get(at..).unwrap_or_default();
+            let step = self.decoder.step(window);
+            match step.map_err(|error| shifted(error, self.base))? {
+                Step::NeedMore(_) | Step::End => return Ok(Walked::Short(at)),
+                Step::Payload(bytes) => {
+                    let bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
+                    let Some(piece) = window.get(..bytes) else {
+                        return Ok(Walked::Short(at));
+                    };
+                    if !is_description {
+                        told(self.visitor.payload(offset, piece))?;
+                    }
+                    at = at.saturating_add(bytes);
+                }
+                Step::Record { record, used } => {
+                    at = at.saturating_add(used);
+                    told(self.visitor.record(offset, &record))?;
+                    // Its text has been told.
+                    is_description = matches!(record, Record::Description { .. });
+                    match &record {
+                        Record::Command(Command::PostcopyRun) => return Ok(Walked::Quit(at)),
+                        Record::Section(section) if section.content() == Content::Device => {
+                            match self.device(section, at)? {
+                                Some(bytes) => at = at.saturating_add(bytes),
+                                None => return Ok(Walked::Short(at)),
+                            }
+                        }
+                        _ => {}
+                    }
+                }
+            }
+        }
+    }
+
+    /// Tell a device's body, which starts at `at`; how long it is. `None` if its end is not there.
+    fn device(&mut self, section: &Section, at: usize) -> Result<Option<usize>, WalkError> {
+        let offset = self.base.saturating_add(self.decoder.offset());
+        let rest = self.bytes.get(at..).unwrap_or_default();
+        let Some((length, found)) = self.body_bytes(section, rest) else {
+            return Ok(None);
+        };
+        let Some(bytes) = rest.get(..length) else {
+            return Ok(None);
+        };
+        told(self.visitor.device(Body {
+            section,
+            offset,
+            bytes,
+            found,
+        }))?;
+        self.decoder.skip_device(count(length));
+        if length > 0 {
+            let announced = self.decoder.step(rest);
+            debug_assert!(matches!(announced, Ok(Step::Payload(_))));
+        }
+        Ok(Some(length))
+    }
+
+    /// The description's word counts if there is a footer where it says, or none at all. Else the
+    /// footer's place counts; and if there is none, the description's word again: the decoder will
+    /// say what is there instead.
+    fn body_bytes(&mut self, section: &Section, rest: &[u8]) -> Option<(usize, Found)> {
+        let guessed = self.found.pop_front();
+        let footers = self.decoder.footers() != Some(false);
+        let described = self.described.and_then(|described| {
+            let layout = described.device(&section.name, section.instance.0)?;
+            usize::try_from(layout.wire_bytes()).ok()
+        });
+        let is_right = |length: usize| {
+            let behind = rest.get(length..).unwrap_or_default();
+            !footers || scan::is_footer(section.id, behind)
+        };
+        if let Some(length) = described.filter(|length| is_right(*length)) {
+            return Some((length, Found::ByDescription));
+        }
+        let wanted = Wanted {
+            id: section.id,
+            footers,
+            decoder: self.decoder,
+            is_all: true,
+        };
+        let found = guessed.or_else(|| match wanted.find(rest, 0) {
+            End::At { body_bytes, .. } => Some(body_bytes),
+            End::NotYet { .. } => None,
+        });
+        match (found, described) {
+            (Some(length), _) if footers => Some((length, Found::ByFooter)),
+            (Some(length), _) => Some((length, Found::ByNextHeader)),
+            (None, Some(length)) => Some((length, Found::ByDescription)),
+            (None, None) => None,
+        }
+    }
+}
+
+fn told(answer: Result<(), VisitError>) -> Result<(), WalkError> {
+    answer.map_err(WalkError::Visitor)
+}
+
+/// An error of a decoder whose first byte stands at `base` of the input.
+fn shifted(error: DecodeError, base: u64) -> WalkError {
+    WalkError::Stream(DecodeError {
+        offset: error.offset.saturating_add(base),
+        ..error
+    })
+}
+
+fn count(bytes: usize) -> u64 {
+    u64::try_from(bytes).unwrap_or(u64::MAX)
 }

@@ -7,12 +7,14 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Read;
 
-use vmferry_stream::{Command, DiscardRange, Name, PageBits, RamPage, RamRecord, Record, Section};
+use vmferry_stream::{Command, DiscardRange, Name, PageBits, RamPage, RamRecord, Record};
+use vmferry_vmstate::{DescriptionError, VmDescription};
 
 use super::canvas::Canvas;
 use super::error::ExtractError;
 use super::pages::{Page, Pages};
-use crate::walk::{VisitError, Visitor};
+use crate::container::Container;
+use crate::walk::{Body, VisitError, Visitor};
 
 /// Blocks start at multiples of this in a file of several: whatever the page size is, a page does
 /// not share a file system's block with another one.
@@ -541,11 +543,28 @@ impl Visitor for MemoryImage {
         Ok(self.take(bytes)?)
     }
 
-    fn device(&mut self, _: &Section, _: u64, _: &[u8]) -> Result<(), VisitError> {
+    fn container(&mut self, _: &Container) -> Result<(), VisitError> {
         Ok(())
     }
 
-    fn description(&mut self, _: u64, _: &[u8]) -> Result<(), VisitError> {
+    fn package(&mut self, _: u64) -> Result<(), VisitError> {
+        Ok(())
+    }
+
+    fn package_end(&mut self) -> Result<(), VisitError> {
+        Ok(())
+    }
+
+    fn device(&mut self, _: Body<'_>) -> Result<(), VisitError> {
+        Ok(())
+    }
+
+    fn description(
+        &mut self,
+        _: u64,
+        _: &[u8],
+        _: Result<VmDescription, DescriptionError>,
+    ) -> Result<(), VisitError> {
         Ok(())
     }
 }
