@@ -37,6 +37,7 @@ impl Handler for Commands {
             Command::MigrateSetCapabilities(new) => {
                 done(self.hub.set_capabilities(&new.capabilities))
             }
+            Command::AnnounceSelf(arguments) => done(self.hub.announce_self(arguments)),
             Command::Resolve(arguments) => done(self.hub.x_resolve(arguments.decision)),
             Command::Stop(_) => done(self.hub.stop()),
             Command::Cont(_) => done(self.hub.cont()),

@@ -7,6 +7,7 @@ use vmferry_channel::{Listener, Uri};
 use vmferry_disk::Node;
 use vmferry_migration::{RecordFile, Start};
 use vmferry_qmp::types::{VersionInfo, VersionTriple};
+use vmferry_relay::announce::Announcer;
 
 /// Everything that a daemon serves, and where.
 #[derive(Debug)]
@@ -21,6 +22,8 @@ pub struct Config {
     pub qmp: Vec<Listener>,
     /// Where a migration comes, if one is expected.
     pub incoming: Option<Incoming>,
+    /// NICs of guests, which `announce-self` and the arrival of a migration announce.
+    pub nics: Vec<Box<dyn Announcer>>,
 }
 
 /// A disk with everything that is known of it.

@@ -10,6 +10,7 @@ use vmferry_disk::DiskError;
 use vmferry_nbd::Settings;
 use vmferry_qmp::types::{ShutdownCause, ShutdownEvent};
 use vmferry_qmp::{Broadcast, Event};
+use vmferry_relay::announce::Announcements;
 
 use crate::announcer::Announcer;
 use crate::commands::Commands;
@@ -88,6 +89,7 @@ impl Daemon {
             config.name,
             Arc::clone(&disks),
             announcer,
+            Announcements::start(config.nics)?,
             Arc::new(Ending::new()?),
         );
         let hub = Arc::new(hub);

@@ -6,6 +6,7 @@ use vmferry_channel::{ChannelError, UriError};
 use vmferry_disk::InUse;
 use vmferry_migration::{RecordError, RequestError, SourceFailure};
 use vmferry_qmp::{CommandError, ErrorClass};
+use vmferry_relay::announce::TooMany;
 
 /// A command was not carried out.
 #[derive(Debug, thiserror::Error)]
@@ -50,6 +51,9 @@ pub enum DaemonError {
         /// By whom.
         source: InUse,
     },
+    /// No further announcement is possible now.
+    #[error(transparent)]
+    Announcements(#[from] TooMany),
     /// The host has no thread or descriptor left.
     #[error("out of resources: {0}")]
     Resources(#[from] io::Error),
@@ -76,6 +80,7 @@ impl From<DaemonError> for CommandError {
             | DaemonError::Request(_)
             | DaemonError::Record(_)
             | DaemonError::InUse { .. }
+            | DaemonError::Announcements(_)
             | DaemonError::Resources(_)
             | DaemonError::Answer(_) => ErrorClass::GenericError,
         };

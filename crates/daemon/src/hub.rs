@@ -8,6 +8,7 @@ use vmferry_channel::Stop;
 use vmferry_disk::{Hold, Lease};
 use vmferry_migration::{Capabilities, Committed, Parameters, Residence, SourceDisk, Start};
 use vmferry_qmp::types::ShutdownCause;
+use vmferry_relay::announce::{self, Announcements};
 
 use crate::announcer::Announcer;
 use crate::config::Disk;
@@ -21,6 +22,7 @@ pub(crate) struct Hub {
     pub(crate) name: Option<String>,
     pub(crate) disks: Arc<[Disk]>,
     pub(crate) announcer: Announcer,
+    pub(crate) announcements: Announcements,
     pub(crate) ending: Arc<Ending>,
     state: Mutex<State>,
 }
@@ -69,6 +71,8 @@ impl Ending {
 #[derive(Default)]
 pub(crate) struct State {
     pub(crate) parameters: Parameters,
+    /// How a guest that has arrived is announced.
+    pub(crate) announce: announce::Parameters,
     pub(crate) capabilities: Capabilities,
     pub(crate) outgoing: Option<Outgoing>,
     pub(crate) incoming: Option<IncomingState>,
@@ -86,12 +90,14 @@ impl Hub {
         name: Option<String>,
         disks: Arc<[Disk]>,
         announcer: Announcer,
+        announcements: Announcements,
         ending: Arc<Ending>,
     ) -> Self {
         Self {
             name,
             disks,
             announcer,
+            announcements,
             ending,
             state: Mutex::default(),
         }

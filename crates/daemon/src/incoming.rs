@@ -285,6 +285,7 @@ fn receive_until_arrived(hub: &Weak<Hub>, door: &mut Door, stop: &Stop) {
         let arrived = hub.attempt(channel, &published);
         hub.set_attempt(None);
         if arrived {
+            hub.announce_arrival();
             break Phase::Arrived;
         }
     };

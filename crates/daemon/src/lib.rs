@@ -4,7 +4,8 @@
 //!   NBD clients ──▶ vmferry_nbd::Server ──▶ Exports ──▶ Node ◀── lease ── RunningSource, receive
 //!   QMP clients ──▶ vmferry_qmp::Server ──▶ Commands ──▶ Hub ──────────────────┘
 //!                          ▲ events                       │
-//!                          └───────── Announcer ◀─────────┘ Published
+//!                          └───────── Announcer ◀─────────┤ Published
+//!   switches  ◀── NICs ◀──── vmferry_relay::Announcements ◀┘ arrived
 //! ```
 //!
 //! [`Daemon::start`] takes open disks and bound listeners, so that whoever calls it can report
@@ -13,6 +14,7 @@
 //! migration; one in a command fails that command.
 #![forbid(unsafe_code)]
 
+mod announce;
 mod announcer;
 mod commands;
 mod config;

@@ -14,6 +14,7 @@ use vmferry_qmp::types::{
 };
 use vmferry_qmp::{ClientContext, Event};
 
+use crate::announce;
 use crate::announcer::{Course, migration_status};
 use crate::config::Disk;
 use crate::error::DaemonError;
@@ -229,6 +230,7 @@ impl Hub {
             }
             parameters.downtime_limit = limit;
         }
+        state.announce = announce::changed(state.announce, new)?;
         state.parameters = parameters;
         if let Some(running) = state.outgoing.as_ref().and_then(|it| it.running.as_ref()) {
             running.set(parameters);
@@ -238,13 +240,18 @@ impl Hub {
 
     /// `query-migrate-parameters`.
     pub(crate) fn parameters(&self) -> MigrationParameters {
+        let state = self.state();
         let Parameters {
             max_bandwidth,
             downtime_limit,
-        } = self.state().parameters;
+        } = state.parameters;
         MigrationParameters {
             max_bandwidth: Some(max_bandwidth.unwrap_or(0)),
             downtime_limit: Some(milliseconds(downtime_limit)),
+            announce_initial: Some(state.announce.initial_ms()),
+            announce_max: Some(state.announce.max_ms()),
+            announce_rounds: Some(state.announce.rounds()),
+            announce_step: Some(state.announce.step_ms()),
         }
     }
 

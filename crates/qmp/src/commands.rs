@@ -6,11 +6,11 @@ use crate::error::CommandError;
 use crate::schema::{Described, Introspection, Shape, check_arguments, check_value, shorten};
 use crate::types::BlockDeviceInfo;
 use crate::types::{
-    BlockExportInfo, BlockInfo, CommandInfo, Empty, FdName, JobId, JobInfo, JobStatusChangeEvent,
-    KvmInfo, Migrate, MigrateContinue, MigrateIncoming, MigrateSetCapabilities,
-    MigrationCapabilityStatus, MigrationEvent, MigrationInfo, MigrationParameters,
-    MigrationPassEvent, NameInfo, QmpCapabilities, QueryNamedBlockNodes, Resolve, SchemaInfo,
-    ShutdownEvent, StatusInfo, VersionInfo, drop_absent_capabilities,
+    AnnounceParameters, BlockExportInfo, BlockInfo, CommandInfo, Empty, FdName, JobId, JobInfo,
+    JobStatusChangeEvent, KvmInfo, Migrate, MigrateContinue, MigrateIncoming,
+    MigrateSetCapabilities, MigrationCapabilityStatus, MigrationEvent, MigrationInfo,
+    MigrationParameters, MigrationPassEvent, NameInfo, QmpCapabilities, QueryNamedBlockNodes,
+    Resolve, SchemaInfo, ShutdownEvent, StatusInfo, VersionInfo, drop_absent_capabilities,
 };
 
 /// One row of the table.
@@ -75,6 +75,8 @@ commands! {
     QueryMigrateCapabilities "query-migrate-capabilities" (Empty) -> Vec<MigrationCapabilityStatus>,
     /// How far the migration is.
     QueryMigrate "query-migrate" (Empty) -> MigrationInfo,
+    /// Tell the network where the guest's NICs are.
+    AnnounceSelf "announce-self" (AnnounceParameters) -> Empty,
     /// Decide where disks live whose hand-over is undecided.
     Resolve "x-resolve" (Resolve) -> Empty,
     /// Hold the guests' requests.
@@ -260,6 +262,7 @@ mod tests {
             for member in object.members.iter().filter(|member| !member.optional) {
                 let value = match member.shape {
                     Shape::Text => json!("x"),
+                    Shape::Int => json!(1),
                     Shape::Array(_) => json!([]),
                     Shape::Enumeration(enumeration) => json!(enumeration.values[0]),
                     other => panic!("no sample for {other:?}"),

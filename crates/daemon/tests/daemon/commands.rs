@@ -52,7 +52,7 @@ fn quit_answers_says_farewell_and_syncs() {
         path: "root.raw".into(),
         format: "raw",
     }];
-    let mut daemon = run(dir.path().to_owned(), disks, None, None);
+    let mut daemon = run(dir.path().to_owned(), disks, Vec::new(), None, None);
     let mut nbd = daemon.nbd("root");
     nbd.write(4096, b"not flushed by the guest", false).unwrap();
     let mut qmp = daemon.qmp();
@@ -335,16 +335,49 @@ fn parameters_are_kept_and_bounded() {
     let daemon = host.start(&["root"], &Settings::default());
     let mut qmp = daemon.qmp();
     let before = qmp.run("query-migrate-parameters", json!({}));
-    assert_eq!(before, json!({"max-bandwidth": 0, "downtime-limit": 300}));
-    let longest = json!({"downtime-limit": 2_000_000, "max-bandwidth": 1000});
+    let defaults = json!({
+        "max-bandwidth": 0, "downtime-limit": 300,
+        "announce-initial": 50, "announce-max": 550, "announce-rounds": 5, "announce-step": 100,
+    });
+    assert_eq!(before, defaults);
+    let longest = json!({
+        "downtime-limit": 2_000_000, "max-bandwidth": 1000,
+        "announce-initial": 100_000, "announce-max": 100_000, "announce-rounds": 1000,
+        "announce-step": 10_000,
+    });
     qmp.run("migrate-set-parameters", longest.clone());
     assert_eq!(qmp.run("query-migrate-parameters", json!({})), longest);
-    let error = qmp.refused(
-        "migrate-set-parameters",
-        json!({"downtime-limit": 2_000_001}),
-    );
-    assert!(error.contains("in the range of 0 to 2000000"), "{error}");
-    assert_eq!(qmp.run("query-migrate-parameters", json!({})), longest);
+    let announce =
+        |name, max| format!("Parameter 'announce_{name}' expects a value between 0 and {max}");
+    for (wrong, why) in [
+        (
+            json!({"downtime-limit": 2_000_001}),
+            "in the range of 0 to 2000000".to_owned(),
+        ),
+        (
+            json!({"announce-initial": 100_001}),
+            announce("initial", 100_000),
+        ),
+        (json!({"announce-max": 100_001}), announce("max", 100_000)),
+        (json!({"announce-rounds": 1001}), announce("rounds", 1000)),
+        (json!({"announce-step": 10_001}), announce("step", 10_000)),
+        (json!({"announce-step": 0}), announce("step", 10_000)),
+        // All or nothing.
+        (
+            json!({"max-bandwidth": 7, "announce-step": 1, "announce-max": 100_001}),
+            announce("max", 100_000),
+        ),
+    ] {
+        let error = qmp.refused("migrate-set-parameters", wrong);
+        assert!(error.contains(&why), "{error}");
+        assert_eq!(qmp.run("query-migrate-parameters", json!({})), longest);
+    }
+    let least = json!({
+        "announce-initial": 0, "announce-max": 0, "announce-rounds": 0, "announce-step": 1,
+        "downtime-limit": 0, "max-bandwidth": 0,
+    });
+    qmp.run("migrate-set-parameters", least.clone());
+    assert_eq!(qmp.run("query-migrate-parameters", json!({})), least);
 
     let capabilities = json!({"capabilities": [
         {"capability": "zero-blocks", "state": false},
@@ -566,6 +599,7 @@ fn a_live_disk_against_its_record_is_not_served() {
         nbd: Vec::new(),
         qmp: Vec::new(),
         incoming: None,
+        nics: Vec::new(),
     })
     .unwrap_err();
     assert!(
@@ -624,6 +658,7 @@ fn two_disks_of_a_name_are_refused() {
         nbd: Vec::new(),
         qmp: Vec::new(),
         incoming: None,
+        nics: Vec::new(),
     };
     let error = Daemon::start(config).unwrap_err().to_string();
     assert!(error.contains("'a'"), "{error}");

@@ -99,7 +99,7 @@ fn over_memory(content: &[u8], waits: bool) -> (Running, MemoryDisk, Arc<AtomicB
     let listener = waits.then(|| Listener::bind(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap());
     let at = listener.as_ref().map(|listener| listener.local().clone());
     let dir = tempfile::tempdir().unwrap().keep();
-    let running = run(dir, disks, listener.map(Incoming::Listener), at);
+    let running = run(dir, disks, Vec::new(), listener.map(Incoming::Listener), at);
     (running, disk, armed)
 }
 

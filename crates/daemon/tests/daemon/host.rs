@@ -12,6 +12,9 @@ use vmferry_migration::{RecordFile, Residence, Standing, Start};
 use vmferry_nbd::{Client as NbdClient, ClientSettings, NbdUri};
 use vmferry_qmp::types::{BlockInfo, MigrationInfo, MigrationStatus, ShutdownCause};
 use vmferry_qmp::{Client, ServerEvent};
+use vmferry_relay::announce::Announcer;
+
+use crate::announce::Wire;
 
 pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
 pub(crate) const MIB: u64 = 1 << 20;
@@ -28,6 +31,8 @@ pub(crate) struct Settings {
     pub(crate) deferred: bool,
     pub(crate) take_back: bool,
     pub(crate) once: Option<Uri>,
+    /// NICs of guests, and who sees what they send.
+    pub(crate) wires: Vec<Wire>,
 }
 
 pub(crate) struct Running {
@@ -115,13 +120,16 @@ impl Host {
             None if settings.deferred => Some(Incoming::Deferred),
             None => settings.once.clone().map(Incoming::Once),
         };
-        Ok(run(self.dir.path().to_owned(), disks, incoming, at))
+        let nics = settings.wires.iter().map(|wire| wire.clone().boxed());
+        let nics = nics.collect();
+        Ok(run(self.dir.path().to_owned(), disks, nics, incoming, at))
     }
 }
 
 pub(crate) fn run(
     dir: PathBuf,
     disks: Vec<Disk>,
+    nics: Vec<Box<dyn Announcer>>,
     incoming: Option<Incoming>,
     at: Option<Uri>,
 ) -> Running {
@@ -132,6 +140,7 @@ pub(crate) fn run(
         nbd: vec![bind("nbd.sock")],
         qmp: vec![bind("qmp.sock")],
         incoming,
+        nics,
     });
     let daemon = daemon.unwrap();
     Running {

@@ -40,6 +40,33 @@ object! {
         max_bandwidth "max-bandwidth": Option<u64>,
         /// Longest time that guests may be held at the end, in milliseconds.
         downtime_limit "downtime-limit": Option<u64>,
+        /// Milliseconds from the first announcement of an arrived guest to the second.
+        announce_initial "announce-initial": Option<u64>,
+        /// Milliseconds between two announcements at most.
+        announce_max "announce-max": Option<u64>,
+        /// How often an arrived guest is announced.
+        announce_rounds "announce-rounds": Option<u64>,
+        /// Milliseconds by which the time between two announcements grows.
+        announce_step "announce-step": Option<u64>,
+    }
+}
+
+object! {
+    /// Arguments of `announce-self`.
+    AnnounceParameters = "AnnounceParameters" {
+        /// Milliseconds from the first round to the second.
+        initial "initial": i64,
+        /// Milliseconds between two rounds at most.
+        max "max": i64,
+        /// How many rounds.
+        rounds "rounds": i64,
+        /// Milliseconds by which the time between two rounds grows.
+        step "step": i64,
+        /// Only these NICs; those that nobody knows are passed over.
+        interfaces "interfaces": Option<Vec<String>>,
+        /// What it is called: it ends an announcement of this name that is under way. None is the
+        /// empty name.
+        id "id": Option<String>,
     }
 }
 

@@ -1,5 +1,6 @@
 //! A thread that carries announcements out.
 
+use std::fmt;
 use std::io;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -10,7 +11,7 @@ use super::agenda::{Agenda, Announcement, Occasion, TooMany};
 use super::frame::{Frame, MacAddress, rarp_request};
 
 /// A NIC that can announce itself.
-pub trait Announcer: Send {
+pub trait Announcer: fmt::Debug + Send {
     /// What it is called where announcements name their NICs. Need not be unique: all of one name
     /// take part.
     fn name(&self) -> &str;
@@ -156,6 +157,7 @@ mod tests {
     /// How long a round may take that is due at once, on a loaded machine.
     const PATIENCE: Duration = Duration::from_secs(60);
 
+    #[derive(Debug)]
     struct Wire {
         name: &'static str,
         mac: MacAddress,

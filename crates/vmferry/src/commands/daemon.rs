@@ -62,6 +62,7 @@ impl Daemon {
         let parameters = MigrationParameters {
             max_bandwidth: limits.bandwidth.map(Rate::max_bandwidth),
             downtime_limit: limits.downtime.map(|downtime| downtime.0),
+            ..MigrationParameters::default()
         };
         if parameters == MigrationParameters::default() {
             return Ok(());

@@ -4,16 +4,18 @@ use std::io;
 use std::thread;
 
 use sd_notify::NotifyState;
-use vmferry_channel::{Listener, Uri, is_inherited_listener};
+use vmferry_channel::{Listener, PacketError, Uri, is_inherited_listener};
 use vmferry_daemon::{Config, Daemon, Disk, Incoming, StartError};
 use vmferry_disk::{Hold, Node};
 use vmferry_migration::{Record, RecordFile, Residence, Standing, Start, start};
 use vmferry_qmp::types::ShutdownCause;
+use vmferry_relay::announce::{Announcer, Interface};
 
 use crate::activation::Activated;
 use crate::disks::{self, OpenDisks, Past, Purpose};
 use crate::exit::{Exit, Failure};
 use crate::flags::ServeFlags;
+use crate::flags::announce::AnnounceFlag;
 use crate::flags::incoming::IncomingFlag;
 use crate::output;
 use crate::records;
@@ -29,6 +31,7 @@ pub(crate) fn run(flags: &ServeFlags) -> Result<Exit, Failure> {
     let waits = flags.incoming.is_some() || activated.incoming.is_some();
     check(flags, waits)?;
     let plans = plans(flags, waits)?;
+    let nics = nics(flags)?;
     let OpenDisks { disks, mut made } = disks::open(&flags.disk, |flag| {
         let plan = plans.iter().find(|plan| plan.name == flag.name);
         plan.map_or((Purpose::Serve, Past::Unknown), Plan::purpose)
@@ -61,7 +64,7 @@ pub(crate) fn run(flags: &ServeFlags) -> Result<Exit, Failure> {
         })
         .collect();
 
-    let daemon = Daemon::start(doors.into_config(disks)).map_err(|error| match error {
+    let daemon = Daemon::start(doors.into_config(disks, nics)).map_err(|error| match error {
         StartError::TwoOfAName(_) => Failure::usage(error),
         StartError::Daemon(_) | StartError::Resources(_) => Failure::new(Exit::Failed, error),
     })?;
@@ -84,6 +87,13 @@ fn check(flags: &ServeFlags, waits: bool) -> Result<(), Failure> {
         if flags.disk.iter().all(|flag| flag.name != *name) {
             return Err(Failure::usage(format!(
                 "--take-back {name}: there is no such --disk"
+            )));
+        }
+    }
+    for (index, flag) in flags.announce.iter().enumerate() {
+        if flags.announce[..index].contains(flag) {
+            return Err(Failure::usage(format!(
+                "--announce {flag}: was given twice"
             )));
         }
     }
@@ -185,6 +195,21 @@ fn movable(plans: &mut [Plan]) -> impl Iterator<Item = &mut Plan> {
     plans.iter_mut().filter(|plan| plan.file.is_some())
 }
 
+/// The NICs to announce, each with an open socket.
+fn nics(flags: &ServeFlags) -> Result<Vec<Box<dyn Announcer>>, Failure> {
+    let open = |flag: &AnnounceFlag| -> Result<Box<dyn Announcer>, Failure> {
+        let nic = Interface::open(&flag.interface, flag.mac).map_err(|error| {
+            let exit = match &error {
+                PacketError::NoSuchInterface(_) | PacketError::NotEthernet(_) => Exit::Refused,
+                PacketError::NotPermitted(_) | PacketError::Host { .. } => Exit::Failed,
+            };
+            Failure::new(exit, format!("--announce: {error}"))
+        })?;
+        Ok(Box::new(nic))
+    };
+    flags.announce.iter().map(open).collect()
+}
+
 /// Everything that the daemon listens on.
 struct Doors {
     nbd: Vec<Listener>,
@@ -239,13 +264,14 @@ impl Doors {
         addresses
     }
 
-    fn into_config(self, disks: Vec<Disk>) -> Config {
+    fn into_config(self, disks: Vec<Disk>, nics: Vec<Box<dyn Announcer>>) -> Config {
         Config {
             name: None,
             disks,
             nbd: self.nbd,
             qmp: self.qmp,
             incoming: self.incoming,
+            nics,
         }
     }
 }
@@ -385,6 +411,7 @@ mod tests {
         for options in [
             "--disk a=@/a --disk a=@/b",
             "--disk a=@/a --take-back b",
+            "--disk a=@/a --announce br0 --announce eth0 --announce br0",
             "--disk a=@/a,overwrite=on",
             "--disk a=@/a --state-dir @/none",
         ] {

@@ -1,5 +1,6 @@
 //! The command line: each command's options, and a module for each kind of value.
 
+pub(crate) mod announce;
 pub(crate) mod disk;
 pub(crate) mod incoming;
 mod log;
@@ -16,6 +17,7 @@ use clap_complete::Shell;
 use vmferry_channel::Uri;
 
 use crate::output::{self, Out};
+use announce::AnnounceFlag;
 use disk::DiskFlag;
 use incoming::IncomingFlag;
 pub(crate) use log::LogFlags;
@@ -125,6 +127,14 @@ impl Command {
     }
 }
 
+const ANNOUNCE_HELP: &str = "\
+Announce this guest NIC on the host's interface IFACE when an incoming migration has completed, so \
+that switches learn the guest's new port (repeatable). QMP's announce-self does it again.
+
+IFACE leads to the network: the bridge that the guest is on, or the physical interface; not the \
+guest's tap, which leads to the guest. mac= is the guest's address; without it the guest has the \
+address of IFACE, as behind a macvtap. Needs CAP_NET_RAW. A QEMU announces its guest itself.";
+
 const DISK_HELP: &str = "\
 A disk: NAME=PATH[,format=raw][,readonly=on][,size=S][,create=on][,overwrite=on]
 
@@ -155,6 +165,9 @@ migration may fill this disk although it holds data.";
         --nbd unix:/run/vmferry/nbd.sock --qmp unix:/run/vmferry/qmp.sock \\
         --incoming tcp:0.0.0.0:4444
 
+  The same for another machine monitor, whose guest is on the bridge br0:
+    vmferry serve ... --incoming tcp:0.0.0.0:4444 --announce br0,mac=52:54:00:12:34:56
+
   Give a QEMU the disk:
     qemu-system-x86_64 ... -drive if=virtio,format=raw,\\
         file=nbd+unix:///root?socket=/run/vmferry/nbd.sock")]
@@ -173,6 +186,10 @@ pub(crate) struct ServeFlags {
     /// QMP's migrate-incoming says where
     #[arg(long, value_name = "URI")]
     pub(crate) incoming: Option<IncomingFlag>,
+    /// Announce this guest NIC on the host's interface IFACE when a migration has arrived:
+    /// IFACE[,mac=MAC] (repeatable)
+    #[arg(long, value_name = "NIC", long_help = ANNOUNCE_HELP)]
+    pub(crate) announce: Vec<AnnounceFlag>,
     /// Keep the record of where each disk lives here, not beside the disk (block devices need it)
     #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
     pub(crate) state_dir: Option<PathBuf>,
@@ -463,6 +480,10 @@ mod tests {
             ("vmferry serve", E::MissingRequiredArgument),
             ("vmferry serve --disk a", E::ValueValidation),
             ("vmferry serve --disk a=b,format=qcow2", E::ValueValidation),
+            (
+                "vmferry serve --disk a=b --announce br0,mac=ff:ff:ff:ff:ff:ff",
+                E::ValueValidation,
+            ),
             ("vmferry migrate tcp:h:1", E::MissingRequiredArgument),
             ("vmferry migrate --qmp unix:q host:1", E::ValueValidation),
             (
