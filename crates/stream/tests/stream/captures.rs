@@ -9,7 +9,7 @@ use crate::drive::{Run, Split, find_footer, pass_rest, run, run_decoder};
 use crate::{capture, captures_folder, name};
 
 /// Every capture of a forward stream that one decoder can read.
-fn forward_captures() -> Vec<String> {
+pub(crate) fn forward_captures() -> Vec<String> {
     let mut names: Vec<String> = std::fs::read_dir(captures_folder())
         .expect("captures are there")
         .filter_map(|entry| entry.expect("entry").file_name().into_string().ok())
@@ -394,5 +394,46 @@ fn huge_pages_are_recognised() {
         assert!(sizes.len() > 1, "{capture_name}");
         assert_eq!(huge.len(), 1, "{capture_name}: {sizes:?}");
         assert_eq!(huge[0].1, Some(2 << 20));
+    }
+}
+
+/// Every package is decoded to its last byte, by a decoder that follows the one outside.
+#[test]
+fn packages_decode_to_their_end() {
+    let mut packages = 0;
+    for capture_name in forward_captures() {
+        let decoder = vmferry_stream::Decoder::new(Options {
+            footers: vmferry_stream::Footers::Present,
+            ..Options::default()
+        });
+        for (record, payload) in decode(&capture_name).records {
+            if !matches!(record, Record::Command(Command::Packaged { .. })) {
+                continue;
+            }
+            let inner = run_decoder(decoder.package(), &payload, Split::Whole, &find_footer);
+            assert_eq!(
+                inner.ending,
+                Ok(Ending::WithoutDescription),
+                "{capture_name}"
+            );
+            assert_eq!(inner.length, payload.len() as u64, "{capture_name}");
+            assert_eq!(commands(&inner).last(), Some(&Command::PostcopyRun));
+            packages += 1;
+        }
+    }
+    assert!(packages >= 7, "{packages} packages");
+}
+
+#[test]
+fn the_memory_of_a_background_snapshot_has_no_end() {
+    for capture_name in ["bgsnap-72", "bgsnap-100"] {
+        let run = decode(capture_name);
+        let kinds: Vec<SectionKind> = sections(&run)
+            .into_iter()
+            .filter_map(|(kind, name)| (name == "ram").then_some(kind))
+            .collect();
+        assert_eq!(kinds.first(), Some(&SectionKind::Start), "{capture_name}");
+        assert!(kinds.contains(&SectionKind::Part), "{capture_name}");
+        assert!(!kinds.contains(&SectionKind::End), "{capture_name}");
     }
 }

@@ -6,6 +6,7 @@ use vmferry_stream::{
     SectionKind, Sector,
 };
 
+use crate::captures::forward_captures;
 use crate::drive::{Split, find_footer, run, without_footers};
 use crate::{capture, name, rounds, seeded};
 
@@ -272,24 +273,15 @@ fn random_streams_come_back() {
 
 #[test]
 fn captures_are_written_again_byte_for_byte() {
-    for capture_name in [
-        "none-72",
-        "none-100",
-        "blk-72",
-        "pc-72",
-        "q35-100",
-        "ignore-shared-72",
-        "xbzrle-100",
-        "compress-72",
-        "return-path-72.fwd",
-        "multifd-100.conn0.fwd",
-        "postcopy-hugepages-72.fwd",
-        "mapped-ram-100",
-        "mapped-ram-multifd-100",
-    ] {
-        let input = capture(capture_name);
+    for capture_name in forward_captures() {
+        let input = capture(&capture_name);
         let decoded = run(&input, Options::default(), Split::Whole, &find_footer);
-        let mut encoder = Encoder::new(true);
+        if capture_name.starts_with("dirty-bitmap") {
+            // QEMU leaves names out that are as before, we write them all.
+            continue;
+        }
+        let footers = !matches!(capture_name.as_str(), "pc-2.2-72" | "pc-2.3-72");
+        let mut encoder = Encoder::new(footers);
         let mut output = Vec::new();
         for (record, payload) in &decoded.records {
             if matches!(record, Record::Command(Command::Packaged { .. })) {
