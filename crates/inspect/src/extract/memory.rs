@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Read;
 
-use vmferry_stream::{Command, DiscardRange, Name, PageBits, RamPage, RamRecord, Record};
+use vmferry_stream::{Command, DiscardRange, Name, PageBits, RamPage, RamRecord, Record, xbzrle};
 use vmferry_vmstate::{DescriptionError, VmDescription};
 
 use super::canvas::Canvas;
@@ -453,7 +453,10 @@ impl MemoryImage {
             Encoding::Plain => Ok(payload),
             Encoding::Xbzrle => {
                 self.canvas.read(place.at, &mut page)?;
-                super::xbzrle::apply(payload, &mut page).map(|()| page.as_slice())
+                match xbzrle::apply(&mut page, payload) {
+                    Ok(()) => Ok(page.as_slice()),
+                    Err(error) => Err(format!("its XBZRLE encoding is wrong: {error}")),
+                }
             }
             Encoding::Zlib => inflate(payload, &mut page).map(|()| page.as_slice()),
         };
@@ -551,7 +554,7 @@ impl Visitor for MemoryImage {
         Ok(())
     }
 
-    fn package_end(&mut self) -> Result<(), VisitError> {
+    fn package_end(&mut self, _: u64) -> Result<(), VisitError> {
         Ok(())
     }
 

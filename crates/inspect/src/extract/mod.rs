@@ -4,10 +4,18 @@
 //! file as it goes: memory does not grow with what is extracted.
 
 mod canvas;
+mod core;
+mod cpu;
+mod elf;
 mod error;
 mod memory;
 mod pages;
-mod xbzrle;
+mod paging;
+mod physical;
 
+pub use core::{Addresses, CoreImage, CoreOptions, CoreReport, WhyPhysical};
+pub use cpu::{CpuState, Segment};
 pub use error::ExtractError;
 pub use memory::{BlockImage, Blocks, MemoryImage};
+pub use paging::{AddressSpace, Piece};
+pub use physical::{MachineKind, PhysicalMemory, PhysicalRange};
