@@ -17,10 +17,19 @@
 mod container;
 mod extract;
 pub mod limits;
+mod report;
 mod scan;
 mod source;
 mod walk;
 
 pub use container::{Container, ContainerError, LibvirtHeader};
-pub use extract::{BlockImage, Blocks, ExtractError, MemoryImage};
+pub use extract::{
+    AddressSpace, Addresses, BlockImage, Blocks, CoreImage, CoreOptions, CoreReport, CpuState,
+    ExtractError, MachineKind, MemoryImage, PhysicalMemory, PhysicalRange, Piece, Segment,
+    WhyPhysical,
+};
+pub use report::{
+    BitmapSummary, DescriptionSource, DeviceReport, DeviceState, DiskSummary, Item, ItemKind,
+    MappedSummary, PageCounts, Problem, RamBlockSummary, RamSummary, Report,
+};
 pub use walk::{Body, Finish, Found, VisitError, Visitor, WalkError, walk};

@@ -9,3 +9,15 @@ pub const DESCRIPTION_BYTES_MAX: usize = 4 << 20;
 
 /// Bytes of libvirt's XML in front of a stream; what libvirt accepts.
 pub const LIBVIRT_XML_BYTES_MAX: u32 = 128 << 20;
+
+/// Items of a report. PARTs of the same section next to one another are one.
+pub const REPORT_ITEMS_MAX: usize = 1 << 14;
+
+/// Disks, or bitmaps, of a report.
+pub const REPORT_NAMES_MAX: usize = 1 << 10;
+
+/// Problems of a report; the others are counted.
+pub const PROBLEMS_MAX: usize = 100;
+
+/// Pages of which is remembered whether they came before: one bit each, 512 GiB of memory.
+pub const SEEN_PAGES_MAX: u64 = 1 << 27;

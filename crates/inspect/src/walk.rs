@@ -59,11 +59,11 @@ pub trait Visitor {
     /// Ends the walk.
     fn package(&mut self, offset: u64) -> Result<(), VisitError>;
 
-    /// The package is over.
+    /// The package ended before byte `offset`.
     ///
     /// # Errors
     /// Ends the walk.
-    fn package_end(&mut self) -> Result<(), VisitError>;
+    fn package_end(&mut self, offset: u64) -> Result<(), VisitError>;
 
     /// The body of a device's section, which starts at byte `offset`.
     ///
@@ -290,7 +290,7 @@ impl<R: Read, V: Visitor> Walk<'_, R, V> {
             ending.map_err(|error| shifted(error, offset))?;
             debug_assert_eq!(at, package.len());
         }
-        told(self.visitor.package_end())
+        told(self.visitor.package_end(self.source.offset()))
     }
 
     fn description(&mut self, bytes: u32) -> Result<(), WalkError> {

@@ -60,7 +60,7 @@ impl Visitor for Told {
         Ok(())
     }
 
-    fn package_end(&mut self) -> Result<(), VisitError> {
+    fn package_end(&mut self, _: u64) -> Result<(), VisitError> {
         self.depth -= 1;
         Ok(())
     }

@@ -79,15 +79,27 @@ impl DeviceLayout {
     /// # Errors
     /// It is not laid out like this; says where.
     pub fn decode(&self, body: &[u8]) -> Result<SavedBody, BodyError> {
+        match self.decode_partly(body) {
+            (saved, None) => Ok(saved),
+            (_, Some(error)) => Err(error),
+        }
+    }
+
+    /// Take a body apart as far as it is laid out like this; what is wrong then.
+    #[must_use]
+    pub fn decode_partly(&self, body: &[u8]) -> (SavedBody, Option<BodyError>) {
         match &self.body {
-            BodyLayout::Described(layout) => layout.decode(body).map(SavedBody::Described),
+            BodyLayout::Described(layout) => {
+                let (state, error) = layout.decode_partly(body);
+                (SavedBody::Described(state), error)
+            }
             BodyLayout::OldStyle { bytes } => {
                 let mut input = Input::new(body);
-                let data = input
-                    .take(*bytes)
-                    .map_err(|fault| input.error("data", fault))?;
-                let data = SavedBody::OldStyle(data.to_vec());
-                input.finish("data").map(|()| data)
+                let (data, error) = match input.take(*bytes) {
+                    Ok(data) => (data, input.finish("data").err()),
+                    Err(fault) => (body, Some(input.error("data", fault))),
+                };
+                (SavedBody::OldStyle(data.to_vec()), error)
             }
         }
     }
@@ -99,9 +111,29 @@ impl StateLayout {
     /// # Errors
     /// It is not laid out like this; says where.
     pub fn decode(&self, body: &[u8]) -> Result<SavedState, BodyError> {
+        match self.decode_partly(body) {
+            (state, None) => Ok(state),
+            (_, Some(error)) => Err(error),
+        }
+    }
+
+    /// Take a body apart as far as it is laid out like this; what is wrong then.
+    #[must_use]
+    pub fn decode_partly(&self, body: &[u8]) -> (SavedState, Option<BodyError>) {
         let mut input = Input::new(body);
-        let state = input.state(self)?;
-        input.finish(&self.name).map(|()| state)
+        let mut state = self.empty();
+        let read = input.state(self, &mut state);
+        let error = read.and_then(|()| input.finish(&self.name)).err();
+        (state, error)
+    }
+
+    fn empty(&self) -> SavedState {
+        SavedState {
+            name: self.name.clone(),
+            version: self.version,
+            fields: Vec::new(),
+            subsections: Vec::new(),
+        }
     }
 }
 
@@ -123,51 +155,69 @@ impl<'a> Input<'a> {
         }
     }
 
-    fn state(&mut self, layout: &StateLayout) -> Result<SavedState, BodyError> {
+    /// Read a state into an empty one, which holds on an error what was before it.
+    fn state(&mut self, layout: &StateLayout, into: &mut SavedState) -> Result<(), BodyError> {
         self.count_node(&layout.name)?;
-        let mut fields = Vec::with_capacity(layout.fields.len());
         for field in &layout.fields {
-            fields.push(self.field(field)?);
+            let mut content = match field.inner.as_slice() {
+                [] if !is_list(field) => self.plain(field)?,
+                _ => Content::Structs(Vec::new()),
+            };
+            let read = self.inside(field, &mut content);
+            into.fields.push(SavedField {
+                name: field.name.clone(),
+                kind: field.kind.clone(),
+                shape: field.shape,
+                content,
+            });
+            read?;
         }
-        let mut subsections = Vec::with_capacity(layout.subsections.len());
         for subsection in &layout.subsections {
             let found = self.subsection_header(subsection);
             found.map_err(|fault| self.error(&subsection.name, fault))?;
             self.path.push(subsection.name.to_string());
-            subsections.push(self.state(subsection)?);
+            self.next(subsection, &mut into.subsections)?;
             self.path.pop();
         }
-        Ok(SavedState {
-            name: layout.name.clone(),
-            version: layout.version,
-            fields,
-            subsections,
-        })
+        Ok(())
     }
 
-    fn field(&mut self, layout: &FieldLayout) -> Result<SavedField, BodyError> {
-        self.count_node(&layout.name)?;
-        let content = match (layout.kind.as_str(), layout.inner.as_slice()) {
+    /// Read one more state of several.
+    fn next(&mut self, layout: &StateLayout, into: &mut Vec<SavedState>) -> Result<(), BodyError> {
+        let mut state = layout.empty();
+        let read = self.state(layout, &mut state);
+        into.push(state);
+        read
+    }
+
+    /// Read what has fields of its own.
+    fn inside(&mut self, layout: &FieldLayout, content: &mut Content) -> Result<(), BodyError> {
+        let (name, size) = (shown(layout), layout.element_bytes);
+        match (layout.kind.as_str(), layout.inner.as_slice()) {
             ("qtailq" | "qlist", elements) => {
-                self.measured(&shown(layout), layout.element_bytes, |input| {
-                    input.list(elements)
-                })?
+                let mut states = Vec::new();
+                let read = self.measured(&name, size, |input| input.list(elements, &mut states));
+                *content = Content::List(states);
+                read
             }
-            ("gtree", parts) => self.measured(&shown(layout), layout.element_bytes, |input| {
-                input.tree(parts)
-            })?,
-            (_, [inner, ..]) => self.structs(layout, inner)?,
-            (_, []) => self.plain(layout)?,
-        };
-        Ok(SavedField {
-            name: layout.name.clone(),
-            kind: layout.kind.clone(),
-            shape: layout.shape,
-            content,
-        })
+            ("gtree", parts) => {
+                let mut nodes = Vec::new();
+                let read = self.measured(&name, size, |input| input.tree(parts, &mut nodes));
+                *content = Content::Tree(nodes);
+                read
+            }
+            (_, [inner, ..]) => {
+                let mut states = Vec::new();
+                let read = self.structs(layout, inner, &mut states);
+                *content = Content::Structs(states);
+                read
+            }
+            (_, []) => Ok(()),
+        }
     }
 
     fn plain(&mut self, layout: &FieldLayout) -> Result<Content, BodyError> {
+        self.count_node(&layout.name)?;
         let here = |input: &Self, fault| input.error(&shown(layout), fault);
         if layout.element_bytes == 0 && layout.count > 1 {
             return Err(here(self, BodyFault::TooManyParts));
@@ -180,16 +230,22 @@ impl<'a> Input<'a> {
         })
     }
 
-    fn structs(&mut self, layout: &FieldLayout, inner: &StateLayout) -> Result<Content, BodyError> {
-        let mut states = Vec::new();
+    fn structs(
+        &mut self,
+        layout: &FieldLayout,
+        inner: &StateLayout,
+        states: &mut Vec<SavedState>,
+    ) -> Result<(), BodyError> {
         for k in 0..layout.count {
             let name = match layout.shape {
                 Shape::Array => format!("{}[{k}]", layout.name),
                 _ => shown(layout),
             };
-            states.push(self.measured(&name, layout.element_bytes, |input| input.state(inner))?);
+            self.measured(&name, layout.element_bytes, |input| {
+                input.next(inner, states)
+            })?;
         }
-        Ok(Content::Structs(states))
+        Ok(())
     }
 
     /// Read something that has a name and a size.
@@ -210,52 +266,56 @@ impl<'a> Input<'a> {
         Ok(value)
     }
 
-    fn list(&mut self, elements: &[StateLayout]) -> Result<Content, BodyError> {
-        let mut states = Vec::with_capacity(elements.len());
+    fn list(
+        &mut self,
+        elements: &[StateLayout],
+        states: &mut Vec<SavedState>,
+    ) -> Result<(), BodyError> {
         for (k, element) in elements.iter().enumerate() {
-            states.push(self.element(k, element)?);
+            self.path.push(format!("[{k}]"));
+            self.marker("list element", ELEMENT)?;
+            self.next(element, states)?;
+            self.path.pop();
         }
-        self.marker("end of the list", LIST_END)?;
-        Ok(Content::List(states))
+        self.marker("end of the list", LIST_END)
     }
 
-    fn element(&mut self, k: usize, layout: &StateLayout) -> Result<SavedState, BodyError> {
-        self.path.push(format!("[{k}]"));
-        self.marker("list element", ELEMENT)?;
-        let state = self.state(layout)?;
-        self.path.pop();
-        Ok(state)
-    }
-
-    fn tree(&mut self, parts: &[StateLayout]) -> Result<Content, BodyError> {
+    fn tree(
+        &mut self,
+        parts: &[StateLayout],
+        nodes: &mut Vec<(Content, SavedState)>,
+    ) -> Result<(), BodyError> {
         let count = self.array::<4>().map_err(|fault| self.error("", fault))?;
         let found = u32::from_be_bytes(count);
-        let nodes = usize::try_from(found).unwrap_or(usize::MAX);
-        let keyed = nodes > 0 && parts.len() == nodes.saturating_mul(2);
-        if !keyed && parts.len() != nodes {
+        let length = usize::try_from(found).unwrap_or(usize::MAX);
+        let keyed = length > 0 && parts.len() == length.saturating_mul(2);
+        if !keyed && parts.len() != length {
             let expected = parts.len();
             return Err(self.error("", BodyFault::Nodes { found, expected }));
         }
-        let mut tree = Vec::new();
         for (k, node) in parts.chunks(if keyed { 2 } else { 1 }).enumerate() {
             self.path.push(format!("[{k}]"));
             self.marker("tree node", ELEMENT)?;
             let key = match node {
-                [key, _] => Content::Structs(vec![self.state(key)?]),
+                [key, _] => {
+                    let mut keys = Vec::new();
+                    self.next(key, &mut keys)?;
+                    Content::Structs(keys)
+                }
                 _ => {
-                    let key = self
-                        .array::<8>()
-                        .map_err(|fault| self.error("key", fault))?;
-                    Content::plain(key)
+                    let key = self.array::<8>();
+                    Content::plain(key.map_err(|fault| self.error("key", fault))?)
                 }
             };
-            if let Some(value) = node.last() {
-                tree.push((key, self.state(value)?));
+            if let Some(layout) = node.last() {
+                let mut value = layout.empty();
+                let read = self.state(layout, &mut value);
+                nodes.push((key, value));
+                read?;
             }
             self.path.pop();
         }
-        self.marker("end of the tree", LIST_END)?;
-        Ok(Content::Tree(tree))
+        self.marker("end of the tree", LIST_END)
     }
 
     fn subsection_header(&mut self, layout: &StateLayout) -> Result<(), BodyFault> {
@@ -347,6 +407,10 @@ impl<'a> Input<'a> {
             fault,
         }
     }
+}
+
+fn is_list(layout: &FieldLayout) -> bool {
+    matches!(layout.kind.as_str(), "qtailq" | "qlist" | "gtree")
 }
 
 /// Name of a field with its place in its array.
