@@ -3,6 +3,7 @@
 #[path = "../peers/mod.rs"]
 mod peers;
 
+mod announce;
 mod channels;
 mod control;
 mod ends;

@@ -55,7 +55,8 @@ pub(crate) fn find(variable: &str, what: &str) -> Option<PathBuf> {
     None
 }
 
-fn required() -> bool {
+/// Whether everything that tests need is said to be there.
+pub(crate) fn required() -> bool {
     std::env::var_os("VMFERRY_REQUIRE_PEERS") == Some(OsString::from("1"))
 }
 
