@@ -128,8 +128,11 @@ impl Command {
 }
 
 const ANNOUNCE_HELP: &str = "\
+A guest's NIC: IFACE[,mac=MAC] (repeatable)
+
 Announce this guest NIC on the host's interface IFACE when an incoming migration has completed, so \
-that switches learn the guest's new port (repeatable). QMP's announce-self does it again.
+that switches learn the guest's new port. QMP's announce-self does it again at any time; there the \
+NIC is called IFACE.
 
 IFACE leads to the network: the bridge that the guest is on, or the physical interface; not the \
 guest's tap, which leads to the guest. mac= is the guest's address; without it the guest has the \
