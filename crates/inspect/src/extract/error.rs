@@ -39,6 +39,16 @@ pub enum ExtractError {
         /// Where in it.
         offset: u64,
     },
+    /// A chunk past the end of its disk.
+    #[error("a chunk at byte {offset} of disk '{disk}' is past its end: it has {length} bytes")]
+    OutsideDisk {
+        /// The disk.
+        disk: Name,
+        /// Where in it.
+        offset: u64,
+        /// Its length.
+        length: u64,
+    },
     /// The encoding of a page is wrong.
     #[error("the page at byte {offset:#x} of RAM block '{block}': {fault}")]
     BadPage {

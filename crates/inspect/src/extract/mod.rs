@@ -6,6 +6,8 @@
 mod canvas;
 mod core;
 mod cpu;
+mod device;
+mod disk;
 mod elf;
 mod error;
 mod memory;
@@ -15,6 +17,8 @@ mod physical;
 
 pub use core::{Addresses, CoreImage, CoreOptions, CoreReport, WhyPhysical};
 pub use cpu::{CpuState, Segment};
+pub use device::{DescriptionText, DeviceBody, DeviceBytes};
+pub use disk::{DiskImage, DiskReport};
 pub use error::ExtractError;
 pub use memory::{BlockImage, Blocks, MemoryImage};
 pub use paging::{AddressSpace, Piece};

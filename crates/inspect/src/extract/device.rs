@@ -1,0 +1,175 @@
+//! The bytes of one device, and the text that describes all of them.
+
+use vmferry_stream::{Record, Section};
+use vmferry_vmstate::{DescriptionError, VmDescription};
+
+use super::error::ExtractError;
+use crate::container::Container;
+use crate::walk::{Body, VisitError, Visitor};
+
+/// Devices that are remembered for a list of choices.
+const MAX_CHOICES: usize = 512;
+
+/// The state of one device as it stands in the stream.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceBytes {
+    /// Its section.
+    pub section: Section,
+    /// Where its body starts in the input.
+    pub offset: u64,
+    /// The body.
+    pub body: Vec<u8>,
+}
+
+/// Takes one device's state out of a stream.
+#[derive(Debug, Default)]
+pub struct DeviceBody {
+    wanted: Option<String>,
+    found: Option<DeviceBytes>,
+    /// More than one matches.
+    is_ambiguous: bool,
+    choices: Vec<String>,
+}
+
+impl DeviceBody {
+    /// The device of that name, or `NAME/INSTANCE` where there are several; without a name the only
+    /// device there is.
+    #[must_use]
+    pub fn new(wanted: Option<String>) -> Self {
+        Self {
+            wanted,
+            ..Self::default()
+        }
+    }
+
+    /// The stream is over: the device.
+    ///
+    /// # Errors
+    /// There is no such device, or more than one.
+    pub fn finish(self) -> Result<DeviceBytes, ExtractError> {
+        let what = "device";
+        let choices = self.choices;
+        match (self.found, self.wanted) {
+            (Some(_), _) if self.is_ambiguous => Err(ExtractError::Ambiguous { what, choices }),
+            (Some(found), _) => Ok(found),
+            (None, Some(name)) if !choices.is_empty() => Err(ExtractError::NotFound {
+                what,
+                name,
+                choices,
+            }),
+            (None, _) => Err(ExtractError::Absent("device")),
+        }
+    }
+}
+
+impl Visitor for DeviceBody {
+    fn container(&mut self, _: &Container) -> Result<(), VisitError> {
+        Ok(())
+    }
+
+    fn record(&mut self, _: u64, _: &Record) -> Result<(), VisitError> {
+        Ok(())
+    }
+
+    fn payload(&mut self, _: u64, _: &[u8]) -> Result<(), VisitError> {
+        Ok(())
+    }
+
+    fn package(&mut self, _: u64) -> Result<(), VisitError> {
+        Ok(())
+    }
+
+    fn package_end(&mut self, _: u64) -> Result<(), VisitError> {
+        Ok(())
+    }
+
+    fn device(&mut self, body: Body<'_>) -> Result<(), VisitError> {
+        let section = body.section;
+        let exact = format!("{}/{}", section.name.as_str(), section.instance.0);
+        let is_wanted = match &self.wanted {
+            None => true,
+            Some(wanted) => section.name == **wanted || exact == *wanted,
+        };
+        if self.choices.len() < MAX_CHOICES {
+            let choice = format!("{}/{}", section.name, section.instance.0);
+            self.choices.push(choice);
+        }
+        if is_wanted && self.found.is_some() {
+            self.is_ambiguous = true;
+        } else if is_wanted {
+            self.found = Some(DeviceBytes {
+                section: section.clone(),
+                offset: body.offset,
+                body: body.bytes.to_vec(),
+            });
+        }
+        Ok(())
+    }
+
+    fn description(
+        &mut self,
+        _: u64,
+        _: &[u8],
+        _: Result<VmDescription, DescriptionError>,
+    ) -> Result<(), VisitError> {
+        Ok(())
+    }
+}
+
+/// Takes the description's text out of a stream.
+#[derive(Debug, Default)]
+pub struct DescriptionText {
+    text: Option<Vec<u8>>,
+}
+
+impl DescriptionText {
+    /// Nothing yet.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// The stream is over: the text as it stood there.
+    ///
+    /// # Errors
+    /// There was none.
+    pub fn finish(self) -> Result<Vec<u8>, ExtractError> {
+        self.text.ok_or(ExtractError::Absent("description"))
+    }
+}
+
+impl Visitor for DescriptionText {
+    fn container(&mut self, _: &Container) -> Result<(), VisitError> {
+        Ok(())
+    }
+
+    fn record(&mut self, _: u64, _: &Record) -> Result<(), VisitError> {
+        Ok(())
+    }
+
+    fn payload(&mut self, _: u64, _: &[u8]) -> Result<(), VisitError> {
+        Ok(())
+    }
+
+    fn package(&mut self, _: u64) -> Result<(), VisitError> {
+        Ok(())
+    }
+
+    fn package_end(&mut self, _: u64) -> Result<(), VisitError> {
+        Ok(())
+    }
+
+    fn device(&mut self, _: Body<'_>) -> Result<(), VisitError> {
+        Ok(())
+    }
+
+    fn description(
+        &mut self,
+        _: u64,
+        text: &[u8],
+        _: Result<VmDescription, DescriptionError>,
+    ) -> Result<(), VisitError> {
+        self.text = Some(text.to_vec());
+        Ok(())
+    }
+}
