@@ -25,8 +25,8 @@ mod walk;
 pub use container::{Container, ContainerError, LibvirtHeader};
 pub use extract::{
     AddressSpace, Addresses, BlockImage, Blocks, CoreImage, CoreOptions, CoreReport, CpuState,
-    ExtractError, MachineKind, MemoryImage, PhysicalMemory, PhysicalRange, Piece, Segment,
-    WhyPhysical,
+    DescriptionText, DeviceBody, DeviceBytes, DiskImage, DiskReport, ExtractError, MachineKind,
+    MemoryImage, PhysicalMemory, PhysicalRange, Piece, Segment, WhyPhysical,
 };
 pub use report::{
     BitmapSummary, DescriptionSource, DeviceReport, DeviceState, DiskSummary, Item, ItemKind,
