@@ -48,3 +48,38 @@ pub enum Count {
     /// An array whose length is another field, or a list that ends itself.
     Variable,
 }
+
+impl Description {
+    /// Bytes of fields and subsections in a version; `None` if they depend on the state.
+    pub(crate) fn fixed_bytes(&self, version: u32) -> Option<u64> {
+        if !self.subsections.is_empty() {
+            return None;
+        }
+        let present = self.fields.iter().filter(|field| field.since <= version);
+        present
+            .map(Field::fixed_bytes)
+            .try_fold(0, |sum: u64, bytes| sum.checked_add(bytes?))
+    }
+
+    /// Elements of an array of this may have different fields, so each is described by itself.
+    pub(crate) fn varies_by_element(&self) -> bool {
+        let varies = |field: &Field| {
+            let inner = field.inner.as_ref();
+            let inner = inner.filter(|_| field.type_name == "struct");
+            field.conditional || inner.is_some_and(Self::varies_by_element)
+        };
+        !self.subsections.is_empty() || self.fields.iter().any(varies)
+    }
+}
+
+impl Field {
+    fn fixed_bytes(&self) -> Option<u64> {
+        let count = match self.count {
+            Count::One => 1,
+            Count::Fixed(count) => u64::from(count),
+            Count::Variable => return None,
+        };
+        let bytes = self.element_bytes.filter(|_| !self.conditional)?;
+        bytes.checked_mul(count)
+    }
+}

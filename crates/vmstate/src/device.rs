@@ -21,8 +21,9 @@ pub trait Device: Send {
     /// changes in the device: it is told to [`Decoded::commit`] when the section was whole.
     ///
     /// # Errors
-    /// [`DeviceError::Incomplete`] if the window ends inside the body; else the body is wrong, or a
-    /// hook refused it.
+    /// [`DeviceError::Incomplete`] if the window ends inside the body, or right behind its last
+    /// field, where a subsection could still follow (in a stream, at least one byte follows every
+    /// body); else the body is wrong, or a hook refused it.
     fn decode(&self, version: u32, window: &[u8]) -> Result<Decoded, DeviceError>;
 }
 
@@ -91,6 +92,65 @@ pub enum DeviceError {
         /// The description that it belongs to.
         owner: String,
         /// What it said.
-        source: Box<dyn std::error::Error + Send + Sync>,
+        source: BoxError,
     },
+    /// The state of the device does not fit its description.
+    #[error("field '{field}' cannot be saved: {fault}")]
+    Unsaveable {
+        /// Path of the field: struct, index, name.
+        field: String,
+        /// What is wrong with it.
+        fault: String,
+    },
+    /// The body has a version that is not read here.
+    #[error("version {version} of '{owner}' is not supported, only {lowest} to {highest}")]
+    Version {
+        /// The description.
+        owner: String,
+        /// Version of the body.
+        version: u32,
+        /// Lowest that is read.
+        lowest: u32,
+        /// Highest that is read.
+        highest: u32,
+    },
+    /// The device is marked as one that cannot be migrated.
+    #[error("device '{0}' cannot be migrated")]
+    Unmigratable(String),
+}
+
+/// What a hook or a conversion says when it fails; `"text".into()` makes one.
+pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
+
+impl DeviceError {
+    /// The value cannot be saved. The field's name is added on the way out.
+    #[must_use]
+    pub fn unsaveable(fault: impl Into<String>) -> Self {
+        Self::Unsaveable {
+            field: String::new(),
+            fault: fault.into(),
+        }
+    }
+
+    /// The same error, found inside `name`: a field, or `[k]` for an element.
+    #[must_use]
+    pub(crate) fn inside(mut self, name: &str) -> Self {
+        if let Self::Incomplete { field, .. }
+        | Self::Field { field, .. }
+        | Self::Unsaveable { field, .. } = &mut self
+        {
+            let dot = match field.chars().next() {
+                None | Some('[') => "",
+                Some(_) => ".",
+            };
+            *field = format!("{name}{dot}{field}");
+        }
+        self
+    }
+
+    /// The same error, found inside element `index`.
+    #[must_use]
+    pub(crate) fn inside_element(self, index: usize) -> Self {
+        self.inside(&format!("[{index}]"))
+    }
 }

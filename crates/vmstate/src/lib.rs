@@ -16,15 +16,31 @@
     )
 )]
 
+mod adapters;
 mod description;
 mod device;
+mod element;
 mod layout;
+mod loader;
 mod saved;
+mod state;
+mod table;
+pub mod wire;
 
+pub use adapters::{Apart, ByHand, OldStyle, SaveRestore, Unmigratable};
 pub use description::{Count, Description, Field};
-pub use device::{Decoded, Device, DeviceError};
+pub use device::{BoxError, Decoded, Device, DeviceError};
+pub use element::{
+    Boxed, Converted, Element, ElementDescription, Elements, Plain, Struct, VStruct,
+};
 pub use layout::{
     BodyError, BodyFault, BodyLayout, DescriptionError, DescriptionWriter, DeviceLayout, Dialect,
     FieldLayout, StateLayout, VmDescription,
 };
+pub use loader::Loader;
 pub use saved::{Content, FieldType, SavedBody, SavedField, SavedState, Shape, Value};
+#[doc(hidden)]
+pub use state::is_subsection_of;
+pub use state::{View, VmState};
+pub use table::{Number, Queue, Sequence, Table, count_of};
+pub use vmferry_vmstate_derive::VmState;

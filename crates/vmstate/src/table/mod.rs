@@ -1,0 +1,553 @@
+//! The fields of a type in wire order, with access to them: what a derived description is made of.
+
+mod field;
+mod list;
+mod sequence;
+mod subsection;
+
+use std::fmt;
+use std::sync::Arc;
+
+pub use field::{Number, count_of};
+pub use list::Queue;
+pub use sequence::Sequence;
+
+use crate::description::{Count, Description, Field};
+use crate::device::{BoxError, DeviceError};
+use crate::element::Element;
+use crate::loader::Loader;
+use crate::saved::{FieldType, SUBSECTION, SavedField, SavedState};
+use crate::state::{View, VmState};
+
+use field::{Bitmap, Buffer, Many, Nullable, Single, Unused, ViewField};
+use list::{List, Tree};
+use subsection::{FieldSubsection, Subsection, ViewSubsection};
+
+/// Fields, subsections and hooks of a `T`, in wire order.
+///
+/// `#[derive(VmState)]` writes this; by hand it reads so:
+///
+/// ```
+/// use vmferry_vmstate::{wire, Plain, Table};
+///
+/// struct Divisor {
+///     latch: u16,
+///     scratch: [u8; 4],
+/// }
+///
+/// let table = Table::<Divisor>::new("divisor", 2, 1)
+///     .single("latch", Plain(wire::Uint16), |divisor| &mut divisor.latch)
+///     .many("scratch", Plain(wire::Uint8), |divisor| &mut divisor.scratch[..], 4)
+///     .since(2);
+/// let mut divisor = Divisor { latch: 12, scratch: *b"abcd" };
+/// let mut bytes = Vec::new();
+/// table.save(&mut divisor, 2)?.encode(&mut bytes);
+/// assert_eq!(bytes, b"\x00\x0cabcd");
+/// # Ok::<(), vmferry_vmstate::DeviceError>(())
+/// ```
+pub struct Table<T: 'static> {
+    description: Description,
+    fields: Vec<Entry<T>>,
+    subsections: Vec<Box<dyn Subsection<T>>>,
+    hooks: Hooks<T>,
+}
+
+struct Entry<T> {
+    /// With the `[k]` of a repeated name.
+    name: Arc<str>,
+    kind: FieldType,
+    since: u32,
+    condition: Option<fn(&T, u32) -> bool>,
+    one_by_one: bool,
+    access: Box<dyn Access<T>>,
+}
+
+/// A hook that is told nothing.
+type Hook<T> = fn(&mut T) -> Result<(), BoxError>;
+
+/// A hook that is told the version of the body.
+type VersionHook<T> = fn(&mut T, u32) -> Result<(), BoxError>;
+
+struct Hooks<T> {
+    needed: Option<fn(&T) -> bool>,
+    pre_save: Option<Hook<T>>,
+    post_save: Option<Hook<T>>,
+    pre_load: Option<Hook<T>>,
+    post_load: Option<VersionHook<T>>,
+}
+
+/// One field of a `T`.
+trait Access<T>: Send + Sync {
+    /// Its shape; name, version and condition are added by the table.
+    fn describe(&self) -> Shape;
+
+    /// Append what there is of it: one saved field, none, or one for each element.
+    fn save(&self, state: &mut T, out: &mut Saver<'_>) -> Result<(), DeviceError>;
+
+    fn load(&self, state: &mut T, loader: &mut Loader<'_>) -> Result<(), DeviceError>;
+}
+
+/// What a field is made of.
+struct Shape {
+    kind: FieldType,
+    count: Count,
+    bytes: Option<u64>,
+    inner: Option<Description>,
+}
+
+/// Where a field puts what it saves.
+struct Saver<'a> {
+    name: &'a Arc<str>,
+    kind: &'a FieldType,
+    /// The elements of an array may differ in their layout.
+    one_by_one: bool,
+    fields: &'a mut Vec<SavedField>,
+}
+
+impl<T: 'static> Table<T> {
+    /// A description without fields. A body of `minimum_version` up to `version` is read.
+    #[must_use]
+    pub fn new(name: &'static str, version: u32, minimum_version: u32) -> Self {
+        Self {
+            description: Description {
+                name: name.into(),
+                version,
+                minimum_version,
+                unmigratable: false,
+                fields: Vec::new(),
+                subsections: Vec::new(),
+            },
+            fields: Vec::new(),
+            subsections: Vec::new(),
+            hooks: Hooks {
+                needed: None,
+                pre_save: None,
+                post_save: None,
+                pre_load: None,
+                post_load: None,
+            },
+        }
+    }
+
+    /// What it looks like.
+    #[must_use]
+    pub fn description(&self) -> &Description {
+        &self.description
+    }
+
+    /// A single value.
+    #[must_use]
+    pub fn single<F: 'static>(
+        self,
+        name: &'static str,
+        element: impl Element<F>,
+        at: fn(&mut T) -> &mut F,
+    ) -> Self {
+        self.add(name, Single { element, at })
+    }
+
+    /// An array: of fixed length, or counted by an earlier field ([`Number::counted`]).
+    #[must_use]
+    pub fn many<S: Sequence + ?Sized>(
+        self,
+        name: &'static str,
+        element: impl Element<S::Item>,
+        at: fn(&mut T) -> &mut S,
+        number: impl Into<Number<T>>,
+    ) -> Self {
+        self.add(name, Many::new(element, at, number.into()))
+    }
+
+    /// An array of pointers of which some are null. Which of them is not sent: both sides must have
+    /// nulls in the same places.
+    #[must_use]
+    pub fn nullable<S: Sequence<Item = Option<I>> + ?Sized, I: 'static>(
+        self,
+        name: &'static str,
+        element: impl Element<I>,
+        at: fn(&mut T) -> &mut S,
+        number: impl Into<Number<T>>,
+    ) -> Self {
+        let number = number.into();
+        let nullable = Nullable {
+            element,
+            at,
+            number,
+        };
+        self.add(name, nullable)
+    }
+
+    /// Raw bytes: `bytes` of them, or as many as an earlier field says.
+    #[must_use]
+    pub fn buffer<S: Sequence<Item = u8> + ?Sized>(
+        self,
+        name: &'static str,
+        at: fn(&mut T) -> &mut S,
+        bytes: impl Into<Number<T>>,
+    ) -> Self {
+        let bytes = bytes.into();
+        self.add(name, Buffer { at, bytes })
+    }
+
+    /// A bitmap in words of 64 bits, of which the first holds bits 0 to 63: `bits` bits, rounded up
+    /// to whole words.
+    #[must_use]
+    pub fn bitmap<S: Sequence<Item = u64> + ?Sized>(
+        self,
+        name: &'static str,
+        at: fn(&mut T) -> &mut S,
+        bits: impl Into<Number<T>>,
+    ) -> Self {
+        let bits = bits.into();
+        self.add(name, Bitmap { at, bits })
+    }
+
+    /// Bytes without a meaning: sent as zeroes, passed over when loading.
+    #[must_use]
+    pub fn unused(self, name: &'static str, bytes: usize) -> Self {
+        self.add(name, Unused { bytes })
+    }
+
+    /// Values that are computed for the stream.
+    #[must_use]
+    pub fn tmp<V: View<T>>(self, name: &'static str) -> Self {
+        self.add(name, ViewField::<V>::new())
+    }
+
+    /// A list that ends itself, of at most `max` elements; `kind` is [`FieldType::QTAILQ`] or
+    /// [`FieldType::QLIST`].
+    #[must_use]
+    pub fn list<Q: Queue<Item: VmState + Default>>(
+        self,
+        name: &'static str,
+        kind: FieldType,
+        at: fn(&mut T) -> &mut Q,
+        max: usize,
+    ) -> Self {
+        self.add(name, List { kind, at, max })
+    }
+
+    /// A tree of at most `max` nodes.
+    #[must_use]
+    pub fn tree<K, V>(
+        self,
+        name: &'static str,
+        key: impl Element<K>,
+        at: fn(&mut T) -> &mut std::collections::BTreeMap<K, V>,
+        max: usize,
+    ) -> Self
+    where
+        K: Ord + Clone + Default + 'static,
+        V: VmState + Default,
+    {
+        self.add(name, Tree { key, at, max })
+    }
+
+    /// The field that was added last came with this version.
+    #[must_use]
+    pub fn since(mut self, version: u32) -> Self {
+        if let (Some(entry), Some(field)) =
+            (self.fields.last_mut(), self.description.fields.last_mut())
+        {
+            entry.since = version;
+            field.since = version;
+        }
+        self
+    }
+
+    /// The field that was added last is present only if `condition` holds for the state (after
+    /// `pre_save`; when loading, as far as it is loaded) and the version of the body.
+    #[must_use]
+    pub fn condition(mut self, condition: fn(&T, u32) -> bool) -> Self {
+        if let (Some(entry), Some(field)) =
+            (self.fields.last_mut(), self.description.fields.last_mut())
+        {
+            entry.condition = Some(condition);
+            entry.one_by_one = true;
+            field.conditional = true;
+        }
+        self
+    }
+
+    /// A subsection that is a field of `T`. It is sent if `needed` holds; without it, if its own
+    /// description says so.
+    #[must_use]
+    pub fn subsection<S: VmState>(
+        mut self,
+        at: fn(&mut T) -> &mut S,
+        needed: Option<fn(&T) -> bool>,
+    ) -> Self {
+        self.description.subsections.push(S::description().clone());
+        self.subsections
+            .push(Box::new(FieldSubsection { at, needed }));
+        self
+    }
+
+    /// A subsection that is computed.
+    #[must_use]
+    pub fn view_subsection<V: View<T>>(mut self) -> Self {
+        self.description.subsections.push(V::description().clone());
+        self.subsections.push(Box::new(ViewSubsection::<V>::new()));
+        self
+    }
+
+    /// The state cannot be migrated: it is neither saved nor loaded.
+    #[must_use]
+    pub fn unmigratable(mut self) -> Self {
+        self.description.unmigratable = true;
+        self
+    }
+
+    /// Is there anything to save? Without this, always.
+    #[must_use]
+    pub fn needed(mut self, needed: fn(&T) -> bool) -> Self {
+        self.hooks.needed = Some(needed);
+        self
+    }
+
+    /// Runs before the first field is saved; when it fails, nothing else runs.
+    #[must_use]
+    pub fn pre_save(mut self, hook: fn(&mut T) -> Result<(), BoxError>) -> Self {
+        self.hooks.pre_save = Some(hook);
+        self
+    }
+
+    /// Runs after the last subsection was saved, or after saving failed.
+    #[must_use]
+    pub fn post_save(mut self, hook: fn(&mut T) -> Result<(), BoxError>) -> Self {
+        self.hooks.post_save = Some(hook);
+        self
+    }
+
+    /// Runs before the first field is loaded.
+    #[must_use]
+    pub fn pre_load(mut self, hook: fn(&mut T) -> Result<(), BoxError>) -> Self {
+        self.hooks.pre_load = Some(hook);
+        self
+    }
+
+    /// Runs after the last subsection was loaded, with the version that was sent.
+    #[must_use]
+    pub fn post_load(mut self, hook: fn(&mut T, u32) -> Result<(), BoxError>) -> Self {
+        self.hooks.post_load = Some(hook);
+        self
+    }
+
+    fn add(mut self, name: &'static str, access: impl Access<T> + 'static) -> Self {
+        let Shape {
+            kind,
+            count,
+            bytes,
+            inner,
+        } = access.describe();
+        let one_by_one = match &inner {
+            Some(inner) => kind == FieldType::STRUCT && inner.varies_by_element(),
+            None => bytes.is_none(),
+        };
+        self.description.fields.push(Field {
+            name: name.into(),
+            type_name: kind.as_str().to_owned().into(),
+            since: 0,
+            conditional: false,
+            count,
+            element_bytes: bytes,
+            inner,
+        });
+        self.fields.push(Entry {
+            name: name.into(),
+            kind,
+            since: 0,
+            condition: None,
+            one_by_one,
+            access: Box::new(access),
+        });
+        self.number_repeated(name);
+        self
+    }
+
+    /// Fields that share a name are numbered, those that are not sent included.
+    fn number_repeated(&mut self, name: &str) {
+        let described = self.description.fields.iter();
+        let same = described.zip(&mut self.fields);
+        let same = same.filter(|(field, _)| field.name == name);
+        let entries: Vec<_> = same.map(|(_, entry)| entry).collect();
+        if entries.len() > 1 {
+            for (k, entry) in entries.into_iter().enumerate() {
+                entry.name = format!("{name}[{k}]").into();
+            }
+        }
+    }
+}
+
+impl<T: 'static> Entry<T> {
+    fn is_present(&self, state: &T, version: u32) -> bool {
+        self.since <= version && self.condition.is_none_or(|holds| holds(state, version))
+    }
+}
+
+impl<T: 'static> Table<T> {
+    /// Is there anything to save now?
+    #[must_use]
+    pub fn is_needed(&self, state: &T) -> bool {
+        self.hooks.needed.is_none_or(|needed| needed(state))
+    }
+
+    /// The state in a version, hooks included. `post_save` runs whenever `pre_save` succeeded.
+    ///
+    /// # Errors
+    /// A hook failed, a value has no form on the wire, or there is no such version.
+    pub fn save(&self, state: &mut T, version: u32) -> Result<SavedState, DeviceError> {
+        self.check_version(version)?;
+        self.run("pre_save", self.hooks.pre_save.map(|hook| hook(state)))?;
+        let saved = self.save_fields(state, version);
+        let after = self.run("post_save", self.hooks.post_save.map(|hook| hook(state)));
+        let saved = saved?;
+        after?;
+        Ok(saved)
+    }
+
+    fn save_fields(&self, state: &mut T, version: u32) -> Result<SavedState, DeviceError> {
+        let mut fields = Vec::with_capacity(self.fields.len());
+        for entry in &self.fields {
+            if entry.is_present(state, version) {
+                let mut out = Saver {
+                    name: &entry.name,
+                    kind: &entry.kind,
+                    one_by_one: entry.one_by_one,
+                    fields: &mut fields,
+                };
+                let saved = entry.access.save(state, &mut out);
+                saved.map_err(|error| error.inside(&entry.name))?;
+            }
+        }
+        let mut subsections = Vec::new();
+        for subsection in &self.subsections {
+            if subsection.is_needed(state) {
+                let saved = subsection.save(state);
+                subsections.push(saved.map_err(|error| error.inside(subsection.name()))?);
+            }
+        }
+        Ok(SavedState {
+            name: self.description.name.as_ref().into(),
+            version,
+            fields,
+            subsections,
+        })
+    }
+
+    /// Read fields and subsections, and run the load hooks. After an error the state is part old,
+    /// part new.
+    ///
+    /// # Errors
+    /// The window is too short, the bytes are wrong, or a hook refused them.
+    pub fn load(
+        &self,
+        state: &mut T,
+        loader: &mut Loader<'_>,
+        version: u32,
+    ) -> Result<(), DeviceError> {
+        self.check_version(version)?;
+        self.run("pre_load", self.hooks.pre_load.map(|hook| hook(state)))?;
+        for entry in &self.fields {
+            if entry.is_present(state, version) {
+                let loaded = entry.access.load(state, loader);
+                loaded.map_err(|error| error.inside(&entry.name))?;
+            }
+        }
+        self.load_subsections(state, loader)?;
+        let hook = self.hooks.post_load;
+        self.run("post_load", hook.map(|hook| hook(state, version)))
+    }
+
+    fn load_subsections(&self, state: &mut T, loader: &mut Loader<'_>) -> Result<(), DeviceError> {
+        let mut loaded: Vec<&str> = Vec::new();
+        while let Some(name) = self.subsection_ahead(loader)? {
+            let header = 2usize.saturating_add(name.len());
+            loader.take(header)?;
+            let found = self.subsections.iter().find(|known| known.name() == name);
+            let subsection = match found {
+                Some(_) if loaded.contains(&name) => {
+                    return Err(loader.fault("subsection comes twice").inside(name));
+                }
+                Some(subsection) => subsection,
+                None => {
+                    let fault = loader.fault("subsection is not known here");
+                    return Err(fault.inside(&name.escape_default().to_string()));
+                }
+            };
+            loaded.push(subsection.name());
+            let version = loader.array().map(u32::from_be_bytes);
+            version
+                .and_then(|version| subsection.load(state, loader, version))
+                .map_err(|error| error.inside(subsection.name()))?;
+        }
+        Ok(())
+    }
+
+    /// Name of the subsection of this description that comes next; `None` if what comes next
+    /// belongs to someone else.
+    fn subsection_ahead<'a>(&self, loader: &Loader<'a>) -> Result<Option<&'a str>, DeviceError> {
+        let missing = || {
+            // Behind a whole body comes nothing; in a stream, something always does.
+            if loader.is_whole() {
+                Ok(None)
+            } else {
+                Err(loader.incomplete().inside("subsections"))
+            }
+        };
+        let Some(kind) = loader.peek(1) else {
+            return missing();
+        };
+        if kind != [SUBSECTION] {
+            return Ok(None);
+        }
+        let Some([_, length]) = loader.peek(2).and_then(<[u8]>::first_chunk) else {
+            return missing();
+        };
+        let header = usize::from(*length).saturating_add(2);
+        let Some([_, _, name @ ..]) = loader.peek(header) else {
+            return missing();
+        };
+        let owner = self.description.name.as_bytes();
+        if !matches!(name.strip_prefix(owner), Some([b'/', ..])) {
+            return Ok(None);
+        }
+        Ok(std::str::from_utf8(name).ok())
+    }
+
+    fn check_version(&self, version: u32) -> Result<(), DeviceError> {
+        let description = &self.description;
+        if description.unmigratable {
+            return Err(DeviceError::Unmigratable(description.name.to_string()));
+        }
+        if (description.minimum_version..=description.version).contains(&version) {
+            return Ok(());
+        }
+        Err(DeviceError::Version {
+            owner: description.name.to_string(),
+            version,
+            lowest: description.minimum_version,
+            highest: description.version,
+        })
+    }
+
+    fn run(
+        &self,
+        hook: &'static str,
+        result: Option<Result<(), BoxError>>,
+    ) -> Result<(), DeviceError> {
+        result
+            .unwrap_or(Ok(()))
+            .map_err(|source| DeviceError::Hook {
+                hook,
+                owner: self.description.name.to_string(),
+                source,
+            })
+    }
+}
+
+impl<T> fmt::Debug for Table<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Table").field(&self.description).finish()
+    }
+}

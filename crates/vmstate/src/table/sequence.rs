@@ -1,0 +1,66 @@
+//! What can hold the elements of an array.
+
+/// A run of elements: an array, a slice, a box of one, or a [`Vec`].
+///
+/// An array that is counted by a field may have room for more than are sent; a `Vec` has as many as
+/// the field says.
+pub trait Sequence: 'static {
+    /// An element.
+    type Item: 'static;
+
+    /// The elements that are sent, if there are `count`.
+    fn counted(&mut self, count: usize) -> Option<&mut [Self::Item]>;
+
+    /// Make room and give the first `count`; `None` if there is no room for so many. `count` was
+    /// compared with its maximum before.
+    fn resized(&mut self, count: usize) -> Option<&mut [Self::Item]>;
+}
+
+impl<T: 'static> Sequence for [T] {
+    type Item = T;
+
+    fn counted(&mut self, count: usize) -> Option<&mut [T]> {
+        self.get_mut(..count)
+    }
+
+    fn resized(&mut self, count: usize) -> Option<&mut [T]> {
+        self.get_mut(..count)
+    }
+}
+
+impl<T: 'static, const N: usize> Sequence for [T; N] {
+    type Item = T;
+
+    fn counted(&mut self, count: usize) -> Option<&mut [T]> {
+        self.get_mut(..count)
+    }
+
+    fn resized(&mut self, count: usize) -> Option<&mut [T]> {
+        self.get_mut(..count)
+    }
+}
+
+impl<S: Sequence + ?Sized> Sequence for Box<S> {
+    type Item = S::Item;
+
+    fn counted(&mut self, count: usize) -> Option<&mut [S::Item]> {
+        (**self).counted(count)
+    }
+
+    fn resized(&mut self, count: usize) -> Option<&mut [S::Item]> {
+        (**self).resized(count)
+    }
+}
+
+impl<T: Default + 'static> Sequence for Vec<T> {
+    type Item = T;
+
+    fn counted(&mut self, count: usize) -> Option<&mut [T]> {
+        (self.len() == count).then_some(self)
+    }
+
+    fn resized(&mut self, count: usize) -> Option<&mut [T]> {
+        self.resize_with(count, T::default);
+        Some(self)
+    }
+}
