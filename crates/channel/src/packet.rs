@@ -39,8 +39,10 @@ pub enum PacketError {
     /// Its frames are not Ethernet's.
     #[error("interface \"{0}\" is not an Ethernet interface")]
     NotEthernet(String),
-    /// Raw frames need a privilege.
-    #[error("interface \"{0}\": sending Ethernet frames is not permitted (it needs CAP_NET_RAW)")]
+    /// Raw frames need a privilege, and a kind of socket that services are often denied.
+    #[error(
+        "interface \"{0}\": sending Ethernet frames is not permitted (it needs CAP_NET_RAW and AF_PACKET)"
+    )]
     NotPermitted(String),
     /// Anything else that the host says.
     #[error("interface \"{interface}\": {source}")]
@@ -68,7 +70,10 @@ impl PacketSocket {
     pub fn open(interface: &str) -> Result<Self, PacketError> {
         let failed = |errno| match errno {
             Errno::NODEV | Errno::NXIO => PacketError::NoSuchInterface(interface.to_owned()),
-            Errno::PERM | Errno::ACCESS => PacketError::NotPermitted(interface.to_owned()),
+            // The last is what a service manager's list of address families leads to.
+            Errno::PERM | Errno::ACCESS | Errno::AFNOSUPPORT => {
+                PacketError::NotPermitted(interface.to_owned())
+            }
             source => PacketError::Host {
                 interface: interface.to_owned(),
                 source,
