@@ -23,6 +23,7 @@ mod element;
 mod layout;
 mod loader;
 mod saved;
+pub mod schema;
 mod state;
 mod table;
 pub mod wire;
