@@ -4,7 +4,7 @@
 //! |---|---|
 //! | 0 | whole and durable |
 //! | 1 | failed; the source serves on, a retry is safe |
-//! | 2 | wrong usage |
+//! | 2 | wrong usage; for `inspect` and its kin, unreadable |
 //! | 3 | undecided: disks are held until `vmferry resolve` |
 //! | 4 | refused before anything was sent |
 //! | 130 | cancelled |
@@ -24,6 +24,8 @@ pub(crate) enum Exit {
     Failed,
     /// The command line makes no sense.
     Usage,
+    /// What shall be looked at cannot be read.
+    Unreadable,
     /// Nobody knows which side has the disks: they are held.
     Undecided,
     /// Refused before a byte was sent.
@@ -37,7 +39,7 @@ impl Exit {
         match self {
             Self::Whole => 0,
             Self::Failed => 1,
-            Self::Usage => 2,
+            Self::Usage | Self::Unreadable => 2,
             Self::Undecided => 3,
             Self::Refused => 4,
             Self::Cancelled => 130,
@@ -93,7 +95,7 @@ impl Failure {
     /// The object of `--json`, unless one was printed already.
     pub(crate) fn object(&self) -> Option<Value> {
         let event = match self.exit {
-            Exit::Whole | Exit::Failed | Exit::Usage => "failed",
+            Exit::Whole | Exit::Failed | Exit::Usage | Exit::Unreadable => "failed",
             Exit::Undecided => "undecided",
             Exit::Refused => "refused",
             Exit::Cancelled => "cancelled",

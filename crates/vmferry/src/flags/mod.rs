@@ -1,11 +1,14 @@
 //! The command line: each command's options, and a module for each kind of value.
 
 pub(crate) mod announce;
+pub(crate) mod device_glob;
 pub(crate) mod disk;
 pub(crate) mod incoming;
+mod inspect;
 mod log;
 pub(crate) mod rate;
 pub(crate) mod size;
+pub(crate) mod stream_file;
 pub(crate) mod time;
 
 use std::ffi::OsString;
@@ -20,6 +23,7 @@ use crate::output::{self, Out};
 use announce::AnnounceFlag;
 use disk::DiskFlag;
 use incoming::IncomingFlag;
+pub(crate) use inspect::InspectFlags;
 pub(crate) use log::LogFlags;
 use rate::Rate;
 use size::Size;
@@ -82,6 +86,7 @@ pub(crate) enum Command {
     Set(SetFlags),
     Resolve(ResolveFlags),
     Receive(ReceiveFlags),
+    Inspect(InspectFlags),
     Demo(DemoFlags),
     /// Print a shell's completions
     #[command(after_long_help = "Examples:

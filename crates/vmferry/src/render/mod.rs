@@ -1,10 +1,14 @@
 //! What a person, or a program, sees of a migration.
 
 mod bar;
+pub(crate) mod inspect;
+pub(crate) mod inspect_json;
 mod outcome;
 mod status;
+pub(crate) mod style;
 mod track;
 mod units;
+mod value;
 
 use std::io::{self, IsTerminal, Write};
 use std::time::Duration;

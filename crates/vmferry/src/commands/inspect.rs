@@ -1,0 +1,118 @@
+//! `vmferry inspect`: what is in a stream, and where it breaks.
+
+use std::io::Write;
+
+use vmferry_inspect::{DeviceState, Report, WalkError};
+use vmferry_stream::Fault;
+use vmferry_vmstate::VmDescription;
+
+use crate::exit::{Exit, Failure};
+use crate::flags::stream_file::StreamFile;
+use crate::flags::{InspectFlags, device_glob};
+use crate::output;
+use crate::render;
+use crate::render::inspect::Shown;
+use crate::render::style::Palette;
+
+pub(crate) fn run(flags: &InspectFlags) -> Result<Exit, Failure> {
+    let description = flags.description.as_ref().map(description_of).transpose()?;
+    let mut report = read(&flags.file)?;
+    if let Some(description) = description {
+        report.describe_by(description);
+    }
+    let shown = Shown {
+        devices: flags.device.clone(),
+        offsets: flags.offsets,
+        hex: flags.hex,
+    };
+    let mut out = output::stdout();
+    if flags.json {
+        render::write_json(&mut out, &render::inspect_json::object(&report, &shown))?;
+    } else {
+        let mut text = std::io::BufWriter::new(&mut out);
+        render::inspect::tree(&report, &shown, Palette::for_stdout(), &mut text)?;
+        text.flush()?;
+    }
+    verdict(&flags.file, &report, &shown)
+}
+
+/// Read a stream. What is no stream at all is refused.
+pub(crate) fn read(file: &StreamFile) -> Result<Report, Failure> {
+    let report = Report::of(file.open()?);
+    match &report.end {
+        Err(WalkError::Container(error)) => Err(file.unreadable(error)),
+        Err(WalkError::Read { source, .. }) if report.items.is_empty() => {
+            Err(file.unreadable(source))
+        }
+        Err(WalkError::Stream(error)) if is_no_stream(&error.fault) => Err(file.unreadable(error)),
+        _ => Ok(report),
+    }
+}
+
+fn is_no_stream(fault: &Fault) -> bool {
+    matches!(
+        fault,
+        Fault::BadMagic(_) | Fault::ObsoleteVersion | Fault::UnsupportedVersion(_)
+    )
+}
+
+/// The description of another stream, or its text in a file.
+fn description_of(file: &StreamFile) -> Result<VmDescription, Failure> {
+    let mut head = Vec::new();
+    let mut input = file.open()?;
+    let limit = vmferry_inspect::limits::DESCRIPTION_BYTES_MAX as u64;
+    std::io::Read::read_to_end(&mut std::io::Read::take(&mut input, limit), &mut head)
+        .map_err(|error| file.unreadable(error))?;
+    if head.first() == Some(&b'{') {
+        return VmDescription::parse(&head).map_err(|error| file.unreadable(error));
+    }
+    let report = Report::of(std::io::Read::chain(head.as_slice(), input));
+    match (report.description, report.end) {
+        (Some(description), _) => Ok(description),
+        (None, Err(error)) => Err(file.unreadable(error)),
+        (None, Ok(_)) => Err(file.unreadable("the stream has no description of its devices")),
+    }
+}
+
+/// Everything was shown; is it whole?
+fn verdict(file: &StreamFile, report: &Report, shown: &Shown) -> Result<Exit, Failure> {
+    if let Err(error) = &report.end {
+        return Err(broken(file, error));
+    }
+    let wrong = report
+        .devices
+        .iter()
+        .find_map(|device| match report.state(device) {
+            DeviceState::Broken(_, error) => Some((device, error)),
+            _ => None,
+        });
+    if let Some((device, error)) = wrong {
+        let place = device.offset.saturating_add(error.offset as u64);
+        let what = format!(
+            "device section '{}' is not laid out as described: {} (byte {place}, {})",
+            device.section.name, error.fault, error.field
+        );
+        return Err(broken(file, what));
+    }
+    if let Some(problem) = report.problems.first() {
+        let section = &problem.section;
+        let what = format!(
+            "{} (byte {}, section '{section}')",
+            problem.text, problem.offset
+        );
+        return Err(broken(file, what));
+    }
+    let names = report.devices.iter().map(|device| &device.section.name);
+    if !shown.devices.is_empty()
+        && !names
+            .into_iter()
+            .any(|name| device_glob::chosen(&shown.devices, name))
+    {
+        return Err(broken(file, "no device section has such a name"));
+    }
+    Ok(Exit::Whole)
+}
+
+fn broken(file: &StreamFile, what: impl std::fmt::Display) -> Failure {
+    Failure::new(Exit::Failed, format!("{file}: {what}"))
+}

@@ -1,0 +1,53 @@
+//! Options of `vmferry inspect` and `vmferry diff`.
+
+use std::path::PathBuf;
+
+use clap::builder::{PathBufValueParser, TypedValueParser};
+use clap::{Args, ValueHint};
+
+use super::device_glob::DeviceGlob;
+use super::stream_file::StreamFile;
+
+/// Show what is in a migration stream, and where it breaks.
+///
+/// Reads streams of any kind from a file or a pipe, in one pass: live migrations, with disks,
+/// postcopy with its package, the main channel of multifd, mapped-ram files, background snapshots,
+/// streams of old machine types, files of `virsh save`.
+///
+/// Devices are shown field by field, by the description that QEMU puts behind a stream. The content
+/// of guest memory and disks is counted and never printed.
+#[derive(Debug, Args)]
+#[command(after_long_help = "\
+Exit status: 0 the stream is whole, 1 it is broken or truncated, 2 it cannot be read.
+
+Examples:
+  vmferry inspect guest.migration
+  vmferry inspect --device 'virtio*' --offsets guest.migration
+  virsh save demo /dev/stdout | vmferry inspect -
+  vmferry inspect --json guest.migration | jq '.ram.blocks[] | {name, data}'")]
+pub(crate) struct InspectFlags {
+    /// The stream; - is standard input
+    #[arg(value_name = "FILE", value_hint = ValueHint::FilePath, value_parser = stream_file())]
+    pub(crate) file: StreamFile,
+    /// Show only devices whose name matches, with or without their path; may be repeated
+    #[arg(long, value_name = "GLOB")]
+    pub(crate) device: Vec<DeviceGlob>,
+    /// Show where each field stands
+    #[arg(long)]
+    pub(crate) offsets: bool,
+    /// Show the bytes of devices' buffers, and of devices that nothing describes
+    #[arg(long)]
+    pub(crate) hex: bool,
+    /// Decode devices by the description of this stream (or a file with its text), if this one has
+    /// none: of the same machine and QEMU version
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, value_parser = stream_file())]
+    pub(crate) description: Option<StreamFile>,
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Parses a path or `-`.
+pub(crate) fn stream_file() -> impl TypedValueParser<Value = StreamFile> {
+    PathBufValueParser::new().map(|path: PathBuf| StreamFile::from(path))
+}
