@@ -394,6 +394,9 @@ impl LoadHandler for Destination {
         self.stats.ended.store(true, Ordering::Release);
         Ok(())
     }
+
+    /// What runs for it ends when it is dropped.
+    fn cleanup(&mut self) {}
 }
 
 impl Disk {

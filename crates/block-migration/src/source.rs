@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use vmferry_buffer::{Buffer, Pool, is_zero};
 use vmferry_disk::{CHUNK_BYTES, Chunk, Claim, Claimer, DiskError, ExtentKind};
-use vmferry_savevm::{GuestStopped, HandlerError, Pending, Progress, SaveHandler, Sink};
+use vmferry_savevm::{
+    GuestStopped, HandlerError, Pending, PostcopyHandler, Progress, SaveHandler, Sink,
+};
 use vmferry_stream::{BlockChunk, Encoder, Name, Record, SECTOR_BYTES, Sector};
 
 use crate::reads::{Finished, Reads};
@@ -300,6 +302,10 @@ impl<R: Reads> Source<R> {
 }
 
 impl<R: Reads> SaveHandler for Source<R> {
+    fn is_active(&self) -> bool {
+        true
+    }
+
     fn setup(&mut self, sink: &mut dyn Sink) -> Result<(), HandlerError> {
         self.end_of_section(sink)
     }
@@ -351,7 +357,11 @@ impl<R: Reads> SaveHandler for Source<R> {
                     Some(rate) => Duration::from_secs_f64(bytes as f64 / rate.max(1) as f64),
                     None => Duration::ZERO,
                 };
-                Pending::Dirty { bytes, read_time }
+                Pending::Dirty {
+                    bytes,
+                    later_bytes: 0,
+                    read_time,
+                }
             }
         }
     }
@@ -378,6 +388,11 @@ impl<R: Reads> SaveHandler for Source<R> {
         self.encode(BlockChunk::Progress { percent: 100 });
         self.encode(BlockChunk::EndOfSection);
         sink.put(&[&self.header])
+    }
+
+    /// A guest's disk must be whole before the guest runs.
+    fn postcopy(&mut self) -> Option<&mut dyn PostcopyHandler> {
+        None
     }
 
     fn cleanup(&mut self) {

@@ -24,15 +24,17 @@ use vmferry_block_migration::{
 use vmferry_channel::{Channel, ChannelError, Reader, Writer};
 use vmferry_disk::{InUse, Lease, Node};
 use vmferry_savevm::{
-    LoadError, LoadMachine, LoadOptions, LoadRegistry, LoadStep, Owner, Priority,
+    Incoming, LoadError, LoadMachine, LoadOptions, LoadStep, Machine, Owner, Registration, Registry,
 };
 use vmferry_stream::return_path::ReturnMessage;
-use vmferry_stream::{Command, Ending, InstanceId, Name, Record as StreamRecord};
+use vmferry_stream::{Command, Ending, Record as StreamRecord};
 
 use crate::engine::{HELLO, HELLO_ANSWER};
 use crate::record::{RecordError, RecordFile, Residence};
 use crate::status::{Published, State};
 
+/// Why a postcopy is refused.
+const NO_POSTCOPY: &str = "postcopy cannot be received; turn postcopy-ram off at the source";
 /// How long a source may take to send header and configuration.
 const GREETING_PATIENCE: Duration = Duration::from_secs(10);
 /// How long to wait for a description after EOF, where the source keeps the channel open.
@@ -232,7 +234,7 @@ impl Answers {
 struct Loading<'a> {
     input: Input,
     machine: LoadMachine,
-    registry: LoadRegistry<'static>,
+    registry: Registry<'static>,
     leases: Vec<(Lease, Option<RecordFile>)>,
     syncer: Syncer,
     stats: Arc<DestinationStats>,
@@ -268,20 +270,21 @@ impl<'a> Loading<'a> {
         let fillers = leases.iter().map(|(lease, _)| lease.filler()).collect();
         let destination = Destination::new(fillers)?;
         let (syncer, stats) = (destination.syncer(), destination.stats());
-        let mut registry = LoadRegistry::new();
-        let name = Name::new(SECTION_NAME).unwrap_or_default();
-        let (instance, version) = (Some(InstanceId(0)), SECTION_VERSION);
+        let mut registry = Registry::new();
         // The registry is empty, so the name is free.
-        let _ = registry.register(
-            name,
-            instance,
-            version,
-            version,
-            Priority(0),
-            Box::new(destination) as Box<dyn vmferry_savevm::LoadHandler>,
-        );
+        let _ = registry.register(Registration::loading(
+            SECTION_NAME,
+            SECTION_VERSION..=SECTION_VERSION,
+            Box::new(destination),
+        ));
+        // Of the capabilities that matter, one is refused by name and the other is about RAM.
+        let disks_alone = Machine {
+            capabilities: None,
+            ..Machine::default()
+        };
         let options = LoadOptions {
-            machine: (!job.any_machine).then(Name::default),
+            machine: (!job.any_machine).then_some(disks_alone),
+            postcopy: Incoming::Refused(NO_POSTCOPY),
             refuse_rest: job.rest.is_none().then_some(
                 "the stream carries a virtual machine, which would be lost here; `vmferry receive \
                  --save FILE` keeps it",
@@ -369,6 +372,7 @@ impl<'a> Loading<'a> {
                     bytes,
                     owner: Owner::Handler,
                 } => self.payload(bytes)?,
+                LoadStep::Device { used } => self.input.consume(used),
                 LoadStep::Payload {
                     bytes,
                     owner: Owner::Rest,
@@ -503,9 +507,7 @@ impl<'a> Loading<'a> {
             | Command::PostcopyRamDiscard { .. }
             | Command::PostcopyResume
             | Command::ReceivedBitmap(_)
-            | Command::Packaged { .. } => Err(refuse(
-                "postcopy cannot be received; turn postcopy-ram off at the source",
-            )),
+            | Command::Packaged { .. } => Err(refuse(NO_POSTCOPY)),
             Command::EnableColo => Err(refuse("COLO is not supported")),
         }
     }

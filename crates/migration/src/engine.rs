@@ -11,10 +11,10 @@ use vmferry_block_migration::{
 use vmferry_channel::{ChannelError, Stop, Writer, open_outgoing};
 use vmferry_disk::{Hold, Lease};
 use vmferry_savevm::{
-    Completing, DirtyTotal, Ended, GuestStopped, Iterating, Opening, Priority, Progress, Ready,
-    SaveError, SaveRegistry, TotalPending, begin, cleanup,
+    Completing, Describe, DirtyTotal, Ended, GuestStopped, Iterating, Opening, Progress, Ready,
+    Registration, Registry, SaveError, TotalPending, begin, cleanup,
 };
-use vmferry_stream::{Command as StreamCommand, InstanceId, Name};
+use vmferry_stream::Command as StreamCommand;
 
 use crate::convergence::{Forecast, stall_message};
 use crate::hand_over::{CancelGate, CommitError, Committed, Decision, SourceDisk};
@@ -135,17 +135,13 @@ impl Engine {
         };
         let source = Source::new(claimers, ThreadReads::new(), options)?;
         let stats = source.stats();
-        let mut registry = SaveRegistry::new();
-        let name = Name::new(SECTION_NAME).unwrap_or_default();
+        let mut registry = Registry::new();
         registry
-            .register(
-                name,
-                Some(InstanceId(0)),
+            .register(Registration::saving(
+                SECTION_NAME,
                 SECTION_VERSION,
-                SECTION_VERSION,
-                Priority(0),
                 Box::new(source),
-            )
+            ))
             .map_err(|error| SourceFailure::ReturnClosed(error.to_string()))?;
         let at_barrier = self.send_all(&leases, &mut registry, &stats, &mut sink, two_way);
         let AtBarrier { ended, held_at } = match at_barrier {
@@ -201,7 +197,7 @@ impl Engine {
     fn send_all(
         &mut self,
         leases: &Leases,
-        registry: &mut SaveRegistry<'_>,
+        registry: &mut Registry<'_>,
         stats: &SourceStats,
         sink: &mut ChannelSink,
         two_way: bool,
@@ -212,8 +208,9 @@ impl Engine {
         };
         let iterating = begin(
             &Opening {
-                machine: Name::default(),
+                describe: Describe::Empty,
                 commands,
+                ..Opening::default()
             },
             registry,
             sink,
@@ -243,6 +240,7 @@ impl Engine {
                 }
             }
         }
+        let ended = ended.save_devices(&stopped, registry, sink)?;
         Ok(AtBarrier { ended, held_at })
     }
 
@@ -251,7 +249,7 @@ impl Engine {
         &mut self,
         mut iterating: Iterating,
         leases: &Leases,
-        registry: &mut SaveRegistry<'_>,
+        registry: &mut Registry<'_>,
         stats: &SourceStats,
         sink: &mut ChannelSink,
         two_way: bool,

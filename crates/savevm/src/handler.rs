@@ -1,11 +1,12 @@
-//! What a section's owner must be able to do, on either side.
+//! What a live section's owner must be able to do, on either side.
 //!
-//! The traits have no default bodies: whoever cannot do a thing says so.
+//! The traits have no default bodies: whoever cannot do a thing says so. Devices, whose state goes
+//! over at once, are [`vmferry_vmstate::Device`]s.
 
 use std::error::Error;
 use std::time::Duration;
 
-use vmferry_stream::Record;
+use vmferry_stream::{DiscardRange, Name, Record};
 
 /// Why a handler failed; the machine adds the section's name.
 pub type HandlerError = Box<dyn Error + Send + Sync>;
@@ -39,7 +40,7 @@ pub enum Progress {
 /// What a handler still has to send.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pending {
-    /// The first pass is not over: the migration cannot complete, whatever the number.
+    /// The first pass is not over: a precopy cannot complete, whatever the number.
     Bulk {
         /// Estimate of the bytes that are left.
         bytes: u64,
@@ -48,6 +49,8 @@ pub enum Pending {
     Dirty {
         /// Bytes that must be sent before the guest runs at the destination.
         bytes: u64,
+        /// Bytes that a postcopy may send after that. In a precopy they come before it too.
+        later_bytes: u64,
         /// How long reading them will take.
         read_time: Duration,
     },
@@ -55,8 +58,8 @@ pub enum Pending {
 
 /// Proof that nothing writes any more: guests are held and their last requests have ended.
 ///
-/// Whoever drives a save machine makes it, after [`Iterating::try_complete`] said `Go` and the holds
-/// were drained.
+/// Whoever drives a machine makes it: when saving, after [`Iterating::try_complete`] said `Go` and
+/// the holds were drained.
 ///
 /// [`Iterating::try_complete`]: crate::Iterating::try_complete
 #[derive(Debug)]
@@ -72,6 +75,9 @@ impl GuestStopped {
 
 /// The sending owner of a live section.
 pub trait SaveHandler {
+    /// Does it take part in this migration? One that does not is left out everywhere.
+    fn is_active(&self) -> bool;
+
     /// Write the body of START.
     fn setup(&mut self, sink: &mut dyn Sink) -> Result<(), HandlerError>;
 
@@ -85,11 +91,32 @@ pub trait SaveHandler {
     fn complete(&mut self, stopped: &GuestStopped, sink: &mut dyn Sink)
     -> Result<(), HandlerError>;
 
+    /// What goes on when the guest runs at the destination; `None` if everything must be sent before.
+    fn postcopy(&mut self) -> Option<&mut dyn PostcopyHandler>;
+
     /// The migration is over, well or not: end what runs for it. Called once, whatever happened.
     fn cleanup(&mut self);
 }
 
-/// The receiving owner of a section.
+/// The part of a [`SaveHandler`] that goes on after the switch: [`SaveHandler::iterate`] is still
+/// called, [`SaveHandler::complete`] is not.
+pub trait PostcopyHandler {
+    /// The guest has stopped: `tell` all that the destination has not, or has in an older state. It is
+    /// called with a RAM block and ranges in it; what it is told will be sent again exactly once.
+    ///
+    /// # Errors
+    /// Those of `tell`, and its own.
+    fn discard(&mut self, tell: &mut TellDiscard<'_>) -> Result<(), HandlerError>;
+
+    /// Write the body of END: everything that is left. Called again, on a new connection, if the one
+    /// before broke.
+    fn complete(&mut self, sink: &mut dyn Sink) -> Result<(), HandlerError>;
+}
+
+/// Sends ranges of a RAM block that the destination shall forget.
+pub type TellDiscard<'a> = dyn FnMut(&Name, &[DiscardRange]) -> Result<(), HandlerError> + 'a;
+
+/// The receiving owner of a live section.
 pub trait LoadHandler {
     /// A START or FULL of the section, in a version that the registry accepts.
     fn start(&mut self, version: u32) -> Result<(), HandlerError>;
@@ -105,4 +132,7 @@ pub trait LoadHandler {
 
     /// The END of the section, footer included.
     fn end(&mut self) -> Result<(), HandlerError>;
+
+    /// The migration is over, well or not: end what runs for it. Called once, whatever happened.
+    fn cleanup(&mut self);
 }

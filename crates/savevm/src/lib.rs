@@ -1,22 +1,44 @@
 //! Registry, handlers, and the machines that save and load a stream.
 //!
-//! Handlers own sections; the [`Registry`] orders them; [`begin`] starts the machine that saves,
-//! [`LoadMachine`] is the one that loads. Neither touches a socket, a file, a clock or a thread:
-//! bytes go to a [`Sink`] and come from windows.
+//! A [`Registry`] lists what can be saved and loaded, in order: live handlers, whose state changes
+//! while it is sent, and devices. [`begin`] starts the machine that saves, [`LoadMachine`] is the one
+//! that loads. Neither touches a socket, a file, a clock or a thread: bytes go to a [`Sink`] and come
+//! from windows.
 //!
 //! Rules: `savevm-core.md` of the wire format notes.
 
 #![forbid(unsafe_code)]
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::indexing_slicing,
+        clippy::cast_possible_truncation,
+        clippy::unwrap_used,
+        clippy::arithmetic_side_effects
+    )
+)]
 
 mod handler;
 mod load;
+mod machine;
+mod postcopy;
 mod registry;
 mod save;
 
-pub use handler::{GuestStopped, HandlerError, LoadHandler, Pending, Progress, SaveHandler, Sink};
-pub use load::{LoadError, LoadMachine, LoadOptions, LoadStep, Owner};
-pub use registry::{Entry, LoadRegistry, Priority, RegisterError, Registry, SaveRegistry};
+pub use handler::{
+    GuestStopped, HandlerError, LoadHandler, Pending, PostcopyHandler, Progress, SaveHandler, Sink,
+    TellDiscard,
+};
+pub use load::{
+    LoadError, LoadMachine, LoadOptions, LoadStep, MAX_DEVICE_BYTES, Notice, Owner, SectionLabel,
+    load_cleanup,
+};
+pub use machine::{Machine, Mismatch};
+pub use postcopy::{Incoming, PostcopyState};
+pub use registry::{
+    Blocked, BlockerId, Entry, Loader, Priority, RegisterError, Registration, Registry, Saver,
+};
 pub use save::{
-    Completing, DirtyTotal, Ended, Iterating, Opening, Ready, SaveError, TotalPending, begin,
-    cleanup,
+    Completing, Describe, DirtyTotal, Ended, Interrupted, Iterating, LiveEnded, Opening, Packing,
+    Postcopy, Ready, SaveError, Switching, TotalPending, begin, cleanup, save_device_state,
 };

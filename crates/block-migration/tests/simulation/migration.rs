@@ -9,10 +9,10 @@ use fastrand::Rng;
 use vmferry_block_migration::{SECTION_NAME, SECTION_VERSION, Source, SourceOptions};
 use vmferry_disk::{CHUNK_BYTES, Hold, Lease, Leaving};
 use vmferry_savevm::{
-    Completing, Ended, GuestStopped, Iterating, Opening, Priority, Ready, SaveError, SaveRegistry,
-    begin, cleanup,
+    Completing, Describe, Ended, GuestStopped, Iterating, Opening, Ready, Registration, Registry,
+    SaveError, begin, cleanup,
 };
-use vmferry_stream::{Command, InstanceId, Name};
+use vmferry_stream::Command;
 
 use crate::checks;
 use crate::target::{State, Target, Targets};
@@ -78,7 +78,7 @@ enum Sender {
 
 struct Run<'a> {
     world: &'a Arc<Mutex<World>>,
-    registry: SaveRegistry<'static>,
+    registry: Registry<'static>,
     sink: SimSink,
     link: Rc<RefCell<Link>>,
     rng: Rng,
@@ -138,16 +138,13 @@ impl<'a> Run<'a> {
         };
         let claimers = leases.iter().map(Lease::claimer).collect();
         let source = Source::new(claimers, SimReads(Arc::clone(world)), options);
-        let mut registry = SaveRegistry::new();
+        let mut registry = Registry::new();
         registry
-            .register(
-                Name::new(SECTION_NAME).expect("short"),
-                Some(InstanceId(0)),
+            .register(Registration::saving(
+                SECTION_NAME,
                 SECTION_VERSION,
-                SECTION_VERSION,
-                Priority(0),
                 Box::new(source.expect("good disks")),
-            )
+            ))
             .expect("the first");
         let link = Rc::new(RefCell::new(Link {
             cut_at: faults.cut_at,
@@ -175,8 +172,9 @@ impl<'a> Run<'a> {
     /// Everything up to EOF, which is on the link when this returns.
     fn send_all(&mut self, target: &mut Target, faults: &Faults) -> Result<(), String> {
         let opening = Opening {
-            machine: Name::default(),
+            describe: Describe::Empty,
             commands: vec![Command::OpenReturnPath],
+            ..Opening::default()
         };
         let begun = begin(&opening, &mut self.registry, &mut self.sink);
         let mut sender = Sender::Iterating(begun.map_err(|error| error.to_string())?);
@@ -248,6 +246,7 @@ impl<'a> Run<'a> {
         let stopped = GuestStopped::assert_drained();
         let (registry, sink) = (&mut self.registry, &mut self.sink);
         let ended = completing.end_live(&stopped, registry, Some(BARRIER), sink)?;
+        let ended = ended.save_devices(&stopped, registry, sink)?;
         checks::nothing_is_left(&lock(self.world));
         Ok(Sender::AtBarrier(ended))
     }

@@ -6,10 +6,8 @@ use std::sync::Arc;
 use fastrand::Rng;
 use vmferry_block_migration::{Destination, SECTION_NAME, SECTION_VERSION, Syncer};
 use vmferry_disk::{Hold, Lease, Node};
-use vmferry_savevm::{
-    LoadHandler, LoadMachine, LoadOptions, LoadRegistry, LoadStep, Owner, Priority,
-};
-use vmferry_stream::{BLOCK_BYTES, Command, Ending, InstanceId, Name, Record};
+use vmferry_savevm::{LoadMachine, LoadOptions, LoadStep, Owner, Registration, Registry};
+use vmferry_stream::{BLOCK_BYTES, Command, Ending, Record};
 
 use crate::disk::{Handle, SimDisk};
 use crate::wire::{Link, Piece};
@@ -43,7 +41,7 @@ impl Targets {
 /// One attempt to receive.
 pub(crate) struct Target {
     machine: LoadMachine,
-    registry: LoadRegistry<'static>,
+    registry: Registry<'static>,
     syncer: Syncer,
     leases: Vec<Lease>,
     window: Vec<u8>,
@@ -69,17 +67,13 @@ impl Target {
         let fillers = leases.iter().map(Lease::filler).collect();
         let destination = Destination::without_thread(fillers).expect("good disks");
         let syncer = destination.syncer();
-        let mut registry = LoadRegistry::new();
-        let handler: Box<dyn LoadHandler> = Box::new(destination);
+        let mut registry = Registry::new();
         registry
-            .register(
-                Name::new(SECTION_NAME).expect("short"),
-                Some(InstanceId(0)),
-                SECTION_VERSION,
-                SECTION_VERSION,
-                Priority(0),
-                handler,
-            )
+            .register(Registration::loading(
+                SECTION_NAME,
+                SECTION_VERSION..=SECTION_VERSION,
+                Box::new(destination),
+            ))
             .expect("the first");
         Self {
             machine: LoadMachine::new(LoadOptions::default()),
@@ -177,6 +171,7 @@ impl Target {
                         return Ok(());
                     }
                 }
+                LoadStep::Device { used } => drop(self.window.drain(..used)),
                 LoadStep::Record { record, used, .. } => {
                     self.window.drain(..used);
                     if let Record::Command(Command::Ping(value)) = record {

@@ -1,189 +1,27 @@
-//! Both machines with scripted handlers: order, rounds, who may complete, what is owned and what
-//! is passed on.
+//! Live handlers in both machines: order, rounds, who may complete, what is owned and what is
+//! passed on.
 
-use std::cell::RefCell;
-use std::rc::Rc;
 use std::time::Duration;
 
 use vmferry_savevm::{
-    DirtyTotal, GuestStopped, HandlerError, LoadError, LoadHandler, LoadMachine, LoadOptions,
-    LoadRegistry, LoadStep, Opening, Owner, Pending, Priority, Progress, Ready, RegisterError,
-    SaveError, SaveHandler, SaveRegistry, Sink, TotalPending, begin, cleanup,
+    Describe, DirtyTotal, GuestStopped, LoadError, LoadMachine, LoadOptions, Machine, Opening,
+    Pending, Progress, Ready, Registration, Registry, TotalPending, begin, cleanup, load_cleanup,
 };
-use vmferry_stream::{
-    Blame, Command, Decoder, Ending, InstanceId, Name, Options, Record, SectionKind, Step,
+use vmferry_stream::{Blame, Command, Ending, Record, SectionKind};
+
+use crate::parts::{
+    Bytes, EOS, Loaded, Log, NOTHING_LEFT, Scripted, TAIL, head, load as load_with, loader, name,
+    records, save, scripted, section, taken,
 };
-
-/// The word that ends a `block` section's body.
-const EOS: [u8; 8] = [0, 0, 0, 0, 0, 0, 0, 2];
-
-type Log = Rc<RefCell<Vec<String>>>;
-
-/// Says what it is told to, and notes what it is asked.
-struct Scripted {
-    name: &'static str,
-    log: Log,
-    progress: Progress,
-    pending: Pending,
-    fails_at: &'static str,
-}
-
-impl Scripted {
-    fn note(&self, what: &'static str) -> Result<(), HandlerError> {
-        self.log.borrow_mut().push(format!("{} {what}", self.name));
-        match self.fails_at == what {
-            true => Err("out of luck".into()),
-            false => Ok(()),
-        }
-    }
-}
-
-impl SaveHandler for Scripted {
-    fn setup(&mut self, sink: &mut dyn Sink) -> Result<(), HandlerError> {
-        self.note("setup")?;
-        sink.put(&[&EOS])
-    }
-    fn iterate(&mut self, sink: &mut dyn Sink) -> Result<Progress, HandlerError> {
-        self.note("iterate")?;
-        sink.put(&[&EOS])?;
-        Ok(self.progress)
-    }
-    fn pending(&mut self) -> Pending {
-        self.pending
-    }
-    fn complete(&mut self, _: &GuestStopped, sink: &mut dyn Sink) -> Result<(), HandlerError> {
-        self.note("complete")?;
-        sink.put(&[&EOS])
-    }
-    fn cleanup(&mut self) {
-        let _ = self.note("cleanup");
-    }
-}
-
-/// Keeps what it gets; may be full, and may be out of allowance.
-#[derive(Default)]
-struct Bytes {
-    bytes: Vec<u8>,
-    puts_left: Option<usize>,
-    exhausted: bool,
-}
-
-impl Sink for Bytes {
-    fn put(&mut self, parts: &[&[u8]]) -> Result<(), HandlerError> {
-        match &mut self.puts_left {
-            Some(0) => return Err("broken pipe".into()),
-            Some(left) => *left -= 1,
-            None => {}
-        }
-        parts
-            .iter()
-            .for_each(|part| self.bytes.extend_from_slice(part));
-        Ok(())
-    }
-    fn allowance(&self) -> u64 {
-        u64::from(!self.exhausted)
-    }
-    fn check(&self) -> Result<(), HandlerError> {
-        Ok(())
-    }
-}
-
-const NOTHING_LEFT: Pending = Pending::Dirty {
-    bytes: 0,
-    read_time: Duration::ZERO,
-};
-
-fn name(name: &str) -> Name {
-    Name::new(name).expect("short")
-}
 
 /// `block` sections 0, 1, …, one for each script.
-fn registry(scripts: Vec<Scripted>) -> SaveRegistry<'static> {
-    let mut registry = SaveRegistry::new();
+fn registry(scripts: Vec<Scripted>) -> Registry<'static> {
+    let mut registry = Registry::new();
     for script in scripts {
-        let priority = Priority(0);
-        registry
-            .register(name("block"), None, 1, 1, priority, Box::new(script))
-            .expect("free");
+        let saving = Registration::saving("block", 1, Box::new(script));
+        registry.register(saving).expect("free");
     }
     registry
-}
-
-fn scripted(name: &'static str, log: &Log) -> Scripted {
-    Scripted {
-        name,
-        log: Rc::clone(log),
-        progress: Progress::Finished,
-        pending: NOTHING_LEFT,
-        fails_at: "",
-    }
-}
-
-fn taken(log: &Log) -> Vec<String> {
-    std::mem::take(&mut log.borrow_mut())
-}
-
-fn records(bytes: &[u8]) -> Vec<Record> {
-    let mut decoder = Decoder::new(Options::default());
-    let mut records = Vec::new();
-    let mut window = bytes;
-    loop {
-        match decoder.step(window).expect("our own stream") {
-            Step::Record { record, used } => {
-                records.push(record);
-                window = &window[used..];
-            }
-            Step::Payload(bytes) => window = &window[bytes as usize..],
-            Step::NeedMore(_) | Step::End => return records,
-        }
-    }
-}
-
-#[test]
-fn higher_priorities_first_then_as_registered() {
-    let log = Log::default();
-    let mut registry = SaveRegistry::new();
-    for (index, priority) in [0, 5, 0, 5, 9].into_iter().enumerate() {
-        let script = Box::new(scripted("x", &log));
-        let idstr = name(&format!("s{index}"));
-        registry
-            .register(idstr, None, 1, 1, Priority(priority), script)
-            .expect("free");
-    }
-    let order: Vec<_> = registry
-        .entries()
-        .map(|e| (e.idstr.to_string(), e.section_id.0))
-        .collect();
-    let expected = [("s4", 5), ("s1", 2), ("s3", 4), ("s0", 1), ("s2", 3)];
-    assert_eq!(order, expected.map(|(name, id)| (name.to_owned(), id)));
-}
-
-#[test]
-fn instances_are_counted_and_never_taken_twice() {
-    let log = Log::default();
-    let mut registry = SaveRegistry::new();
-    let mut register = |instance| {
-        let script = Box::new(scripted("x", &log));
-        registry.register(name("dma"), instance, 1, 1, Priority(0), script)
-    };
-    register(None).expect("0");
-    register(Some(InstanceId(7))).expect("7");
-    register(None).expect("8");
-    for taken in [0, 7, 8] {
-        let error = register(Some(InstanceId(taken))).expect_err("taken");
-        assert_eq!(
-            error,
-            RegisterError::Taken {
-                idstr: name("dma"),
-                instance: InstanceId(taken)
-            }
-        );
-        assert!(
-            error
-                .to_string()
-                .contains(&format!("'dma' instance {taken}"))
-        );
-    }
 }
 
 #[test]
@@ -192,8 +30,10 @@ fn a_whole_save() {
     let mut registry = registry(vec![scripted("a", &log), scripted("b", &log)]);
     let mut sink = Bytes::default();
     let opening = Opening {
-        machine: name("none"),
+        machine: Machine::named(name("none")),
+        describe: Describe::Empty,
         commands: vec![Command::OpenReturnPath, Command::Ping(1)],
+        ..Opening::default()
     };
     let mut iterating = begin(&opening, &mut registry, &mut sink).expect("begun");
     let progress = iterating
@@ -209,7 +49,9 @@ fn a_whole_save() {
     let stopped = GuestStopped::assert_drained();
     let ended = completing
         .end_live(&stopped, &mut registry, Some(3), &mut sink)
-        .expect("ended");
+        .expect("ended")
+        .save_devices(&stopped, &mut registry, &mut sink)
+        .expect("there are none");
     let before = sink.bytes.len();
     sink.puts_left = Some(1);
     ended
@@ -301,6 +143,7 @@ fn nobody_completes_in_a_bulk_phase() {
     let log = Log::default();
     let dirty = Pending::Dirty {
         bytes: 30,
+        later_bytes: 0,
         read_time: Duration::from_millis(4),
     };
     for (first, second, total) in [
@@ -337,14 +180,17 @@ fn what_is_dirty_is_summed_and_judged() {
     let (mut a, mut b) = (scripted("a", &log), scripted("b", &log));
     a.pending = Pending::Dirty {
         bytes: 10,
+        later_bytes: 0,
         read_time: Duration::from_millis(1),
     };
     b.pending = Pending::Dirty {
-        bytes: 20,
+        bytes: 15,
+        later_bytes: 5,
         read_time: Duration::from_millis(2),
     };
     let total = DirtyTotal {
         bytes: 30,
+        later_bytes: 0,
         read_time: Duration::from_millis(3),
     };
     let mut registry = registry(vec![a, b]);
@@ -371,8 +217,8 @@ fn a_failure_names_its_section_and_leaves_handlers_to_clean_up() {
         b.fails_at = step;
         let mut registry = registry(vec![scripted("a", &log), b]);
         let mut sink = Bytes::default();
-        let error = save(&mut registry, &mut sink).expect_err(step);
-        assert_eq!(error.to_string(), "section 'block': out of luck");
+        let error = save(&Opening::default(), &mut registry, &mut sink).expect_err(step);
+        assert_eq!(error.to_string(), "section 'block' instance 1: out of luck");
         cleanup(&mut registry);
         let log = taken(&log);
         assert_eq!(log[log.len() - 2..], ["a cleanup", "b cleanup"]);
@@ -389,7 +235,10 @@ fn a_broken_channel_is_noticed_at_once() {
             puts_left,
             ..Bytes::default()
         };
-        (save(&mut registry, &mut sink), sink.bytes)
+        (
+            save(&Opening::default(), &mut registry, &mut sink),
+            sink.bytes,
+        )
     };
     let (whole, bytes) = saved(None);
     assert!(whole.is_ok());
@@ -406,66 +255,10 @@ fn a_broken_channel_is_noticed_at_once() {
     assert!(puts > 5);
 }
 
-fn save(registry: &mut SaveRegistry<'_>, sink: &mut Bytes) -> Result<(), SaveError> {
-    let mut iterating = begin(&Opening::default(), registry, sink)?;
-    iterating.iterate(registry, sink)?;
-    let Ready::Go(completing) = iterating.try_complete(registry, |_| true) else {
-        panic!("nothing is left");
-    };
-    let stopped = GuestStopped::assert_drained();
-    completing
-        .end_live(&stopped, registry, None, sink)?
-        .finish(sink)
-}
-
-/// Notes what it is told.
-struct Loader {
-    log: Log,
-    room: Vec<u8>,
-    fails_at: &'static str,
-}
-
-impl Loader {
-    fn note(&self, what: &'static str) -> Result<(), HandlerError> {
-        self.log.borrow_mut().push(what.to_owned());
-        match self.fails_at == what {
-            true => Err("out of luck".into()),
-            false => Ok(()),
-        }
-    }
-}
-
-impl LoadHandler for Loader {
-    fn start(&mut self, _version: u32) -> Result<(), HandlerError> {
-        self.note("start")
-    }
-    fn record(&mut self, _record: &Record) -> Result<(), HandlerError> {
-        self.note("record")
-    }
-    fn payload(&mut self, length: usize) -> Result<&mut [u8], HandlerError> {
-        self.note("payload")?;
-        self.room.resize(length, 0);
-        Ok(&mut self.room)
-    }
-    fn payload_filled(&mut self) -> Result<(), HandlerError> {
-        self.note("filled")
-    }
-    fn end(&mut self) -> Result<(), HandlerError> {
-        self.note("end")
-    }
-}
-
-fn loaders(log: &Log, fails_at: &'static str) -> LoadRegistry<'static> {
-    let mut registry = LoadRegistry::new();
-    let loader: Box<dyn LoadHandler> = Box::new(Loader {
-        log: Rc::clone(log),
-        room: Vec::new(),
-        fails_at,
-    });
-    let instance = Some(InstanceId(0));
-    registry
-        .register(name("block"), instance, 1, 1, Priority(0), loader)
-        .expect("free");
+fn loaders(log: &Log, fails_at: &'static str) -> Registry<'static> {
+    let mut registry = Registry::new();
+    let loading = Registration::loading("block", 1..=1, loader(log, fails_at));
+    registry.register(loading).expect("free");
     registry
 }
 
@@ -473,58 +266,12 @@ fn loaders(log: &Log, fails_at: &'static str) -> LoadRegistry<'static> {
 fn load(
     bytes: &[u8],
     options: LoadOptions,
-    registry: &mut LoadRegistry<'_>,
+    registry: &mut Registry<'_>,
 ) -> Result<(Vec<u8>, Ending), LoadError> {
     let mut machine = LoadMachine::new(options);
-    let mut rest = Vec::new();
-    let mut window = bytes;
-    loop {
-        match machine.step(window, registry)? {
-            LoadStep::NeedMore(_) | LoadStep::End => {
-                return Ok((rest, machine.finish_at(bytes.len() as u64)?));
-            }
-            LoadStep::Record { used, owner, .. } => {
-                if owner == Owner::Rest {
-                    rest.extend_from_slice(&window[..used]);
-                }
-                window = &window[used..];
-            }
-            LoadStep::Payload { bytes, owner } => {
-                let (payload, after) = window.split_at(bytes as usize);
-                window = after;
-                if owner == Owner::Rest {
-                    rest.extend_from_slice(payload);
-                    continue;
-                }
-                machine
-                    .payload(registry, payload.len())?
-                    .copy_from_slice(payload);
-                machine.payload_filled(registry)?;
-            }
-        }
-    }
+    let Loaded { rest, ending, .. } = load_with(&mut machine, registry, bytes)?;
+    Ok((rest, ending.expect("it has ended")))
 }
-
-fn head(machine: &str) -> Vec<u8> {
-    let mut bytes = b"QEVM\0\0\0\x03\x07\0\0\0".to_vec();
-    bytes.push(u8::try_from(machine.len()).expect("short"));
-    bytes.extend(machine.as_bytes());
-    bytes
-}
-
-fn section(kind: u8, id: u8, idstr: &str, version: u8, body: &[u8]) -> Vec<u8> {
-    let mut bytes = vec![kind, 0, 0, 0, id];
-    if matches!(kind, 1 | 4) {
-        bytes.push(u8::try_from(idstr.len()).expect("short"));
-        bytes.extend(idstr.as_bytes());
-        bytes.extend([0, 0, 0, 0, 0, 0, 0, version]);
-    }
-    bytes.extend(body);
-    bytes.extend([0x7e, 0, 0, 0, id]);
-    bytes
-}
-
-const TAIL: &[u8] = b"\0\x06\0\0\0\x02{}";
 
 #[test]
 fn a_handler_sees_its_section_from_start_to_end() {
@@ -583,9 +330,14 @@ fn a_failing_handler_fails_the_load_by_name() {
         let log = Log::default();
         let mut registry = loaders(&log, step);
         let error = load(&bytes, LoadOptions::default(), &mut registry).expect_err(step);
-        assert_eq!(error.to_string(), "section 'block': out of luck");
+        assert_eq!(
+            error.to_string(),
+            "section 'block' instance 0 (id 0x1): out of luck"
+        );
         assert_eq!(error.blame(), Blame::Host);
         assert_eq!(taken(&log).last().map(String::as_str), Some(step));
+        load_cleanup(&mut registry);
+        assert_eq!(taken(&log), ["cleanup"]);
     }
 }
 
@@ -593,7 +345,7 @@ fn a_failing_handler_fails_the_load_by_name() {
 fn foreign_machines_and_sections_are_refused() {
     let log = Log::default();
     let local = |machine: &str| LoadOptions {
-        machine: Some(name(machine)),
+        machine: Some(Machine::named(name(machine))),
         refuse_rest: Some("keep it elsewhere"),
         ..LoadOptions::default()
     };
