@@ -130,3 +130,14 @@ fn every_capture_to_its_last_byte() {
     }
     println!("{devices} devices");
 }
+
+/// Found by the fuzzer: an EOF inside a package ends the package, as RUN does.
+#[test]
+fn what_follows_the_end_inside_a_package_is_ignored() {
+    let mut stream = b"QEVM\0\0\0\x03\x07\0\0\0\x04none".to_vec();
+    stream.extend(b"\x08\0\x07\0\x04\0\0\0\x05\0\x55\x55\x55\x55\0");
+    let mut told = Told::default();
+    let finish = walk(&stream[..], &mut told).expect("a stream");
+    assert_eq!(finish.bytes, stream.len() as u64);
+    assert_eq!(told.depth, 0);
+}
