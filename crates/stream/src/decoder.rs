@@ -536,6 +536,10 @@ impl Decoder {
 
     fn enter(&mut self, section: Section) -> Record {
         self.state = State::Body(section.content());
+        if section.content() == Content::Device {
+            // The caller takes it from here: the next field is not asked for.
+            self.awaited = "payload";
+        }
         self.open = Some(section.clone());
         Record::Section(section)
     }

@@ -1,6 +1,6 @@
 //! Records and payload do not depend on how the input is cut into windows.
 
-use vmferry_stream::Options;
+use vmferry_stream::{Decoder, Options, Record, Step};
 
 use crate::drive::{Split, find_footer, pass_rest, run, without_footers};
 use crate::{block_stream, capture, rounds, seeded};
@@ -76,5 +76,36 @@ fn the_end_of_what_is_passed_on_does_not_depend_on_windows() {
             &pass_rest,
         );
         assert_eq!(whole, cut);
+    }
+}
+
+/// Found by the fuzzer, too: the same where the caller looks for the end of a device's body.
+#[test]
+fn the_end_inside_a_device_does_not_depend_on_windows() {
+    let input = b"QEVM\0\0\0\x03\x07\0\0\0\x04none\x01\0\0\0\x01\x04vfio\0\0\0\0\0\0\0\x01state";
+    for first_bytes in [input.len(), 1] {
+        let mut decoder = Decoder::new(Options::default());
+        let (mut at, mut window_bytes) = (0, first_bytes);
+        loop {
+            let end = input.len().min(at + window_bytes);
+            match decoder.step(&input[at..end]).expect("right so far") {
+                Step::NeedMore(bytes) => window_bytes = bytes,
+                Step::Record { record, used } => {
+                    at += used;
+                    window_bytes = first_bytes;
+                    if matches!(record, Record::Section(_)) {
+                        break;
+                    }
+                }
+                step => panic!("{step:?}"),
+            }
+        }
+        let error = decoder
+            .finish_at(input.len() as u64)
+            .expect_err("truncated");
+        assert_eq!(
+            error.to_string(),
+            "stream truncated inside section 'vfio' (0x1) (byte 40, payload)"
+        );
     }
 }
