@@ -5,7 +5,8 @@
 use libfuzzer_sys::fuzz_target;
 use vmferry_stream::limits::MAX_HEADER_BYTES;
 use vmferry_stream::{
-    Content, DecodeError, Decoder, Encoder, Ending, Expect, Footers, Options, Record, Section, Step,
+    Content, DecodeError, Decoder, Encoder, Ending, Expect, Footers, Options, RamRecord, Record,
+    Section, Step,
 };
 
 /// Records, each with its payload, and how it ended.
@@ -38,6 +39,7 @@ impl Choices {
                     2 => Footers::Absent,
                     _ => Footers::Auto,
                 },
+                start: if byte & 0x80 == 0 { 0 } else { 1 << 20 },
                 ..Options::default()
             },
             pass_rest: byte & 0x10 != 0,
@@ -117,7 +119,7 @@ fn run(input: &[u8], choices: Choices, mut window_bytes: impl FnMut() -> usize) 
 }
 
 /// Encode what was decoded, decode it again. The last record may lack payload if the stream is broken.
-fn check_encoder(whole: &Run, choices: Choices) {
+fn check_encoder(input: &[u8], whole: &Run, choices: Choices) {
     let footers = whole.footers.unwrap_or(true);
     let before = match whole.ending {
         Ok(_) => &whole.records[..],
@@ -128,6 +130,19 @@ fn check_encoder(whole: &Run, choices: Choices) {
     for (record, payload) in before {
         encoder.record(record, &mut bytes);
         bytes.extend(payload);
+    }
+    // Offsets of a mapped-ram file are wrong once something before them was written shorter.
+    let is_mapped = |(record, _): &(Record, _)| {
+        matches!(
+            record,
+            Record::Ram(RamRecord::Block {
+                mapped: Some(_),
+                ..
+            })
+        )
+    };
+    if before.iter().any(is_mapped) && !input.starts_with(&bytes) {
+        return;
     }
     // Some records end where the next item begins.
     bytes.extend([0; 8]);
@@ -163,5 +178,5 @@ fuzz_target!(|data: &[u8]| {
         rng.usize(..if first & 0x40 == 0 { 12 } else { 3000 })
     });
     assert_eq!(whole, cut);
-    check_encoder(&whole, choices);
+    check_encoder(input, &whole, choices);
 });
