@@ -20,6 +20,7 @@ pub(crate) enum Value {
     Expr(Expr),
     Type(Type),
     Types(Vec<Type>),
+    Word(Ident),
 }
 
 /// Keys whose value is a type.
@@ -34,8 +35,7 @@ impl Parse for Item {
                 Value::Type(input.parse()?)
             } else if key == "key" {
                 // `struct` is a word of ours and a keyword of Rust.
-                let word = Ident::parse_any(input)?;
-                Value::Expr(syn::parse_quote!(#word))
+                Value::Word(Ident::parse_any(input)?)
             } else {
                 Value::Expr(input.parse()?)
             }

@@ -1,10 +1,9 @@
 //! What stands on a field: each attribute is one value on the wire, or says why there is none.
 
 use proc_macro2::Span;
-use quote::ToTokens;
 use syn::{Error, Expr, ExprLit, ExprPath, Ident, Lit, LitStr, Result, Type};
 
-use crate::attribute::Item;
+use crate::attribute::{Item, Value};
 use crate::owner::checked_name;
 use crate::word;
 
@@ -146,15 +145,10 @@ impl Entry {
                 self.conversion = Some(Conversion::With(item.path(what)?));
             }
             "at" => self.at = Some(item.expr("at = channels[0].count")?),
-            "key" => match item
-                .expr("key = struct")?
-                .to_token_stream()
-                .to_string()
-                .as_str()
-            {
-                "struct" => self.struct_key = true,
-                "uint64" => {}
-                _ => return Err(item.error("a key is `uint64`, or else `struct`")),
+            "key" => match &item.value {
+                Value::Word(word) if word == "struct" => self.struct_key = true,
+                Value::Word(word) if word == "uint64" => {}
+                _ => return Err(item.error("a key is `key = uint64` or `key = struct`")),
             },
             _ => self.needed = Some(item.path("a `fn(&Self) -> bool`")?),
         }

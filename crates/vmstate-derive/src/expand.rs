@@ -22,6 +22,13 @@ struct Described<'a> {
     entries: Vec<Entry>,
 }
 
+impl Described<'_> {
+    fn is_skipped(&self) -> bool {
+        let skip = |entry: &Entry| matches!(entry.kind, Kind::Skip);
+        self.entries.iter().any(skip)
+    }
+}
+
 pub(crate) fn derive(input: &DeriveInput) -> Result<TokenStream> {
     let fields = named_fields(input)?;
     let owner = Owner::parse(&input.ident, attribute::vmstate(&input.attrs)?)?;
@@ -33,6 +40,9 @@ pub(crate) fn derive(input: &DeriveInput) -> Result<TokenStream> {
     let mut calls = Vec::new();
     let mut checks = Vec::new();
     for (k, field) in fields.iter().enumerate() {
+        if !field.is_skipped() {
+            errors.take(check_recursion(field, &input.ident));
+        }
         for entry in &field.entries {
             let number = entry.count.as_ref();
             if let Some(Number::Field(counter)) = number {
@@ -139,23 +149,37 @@ fn described<'a>(field: &'a Field, owner: &Owner) -> Result<Described<'a>> {
             ),
         ));
     }
-    let skipped = entries.iter().any(|entry| matches!(entry.kind, Kind::Skip));
     let sent = entries
         .iter()
         .find(|entry| entry.settles_field() && !matches!(entry.kind, Kind::Skip));
-    if let (true, Some(sent)) = (skipped, sent)
-        && sent.at.is_none()
-    {
-        return Err(Error::new(
-            sent.word.span(),
-            format!("field `{ident}` is saved and skipped: remove one of the two"),
-        ));
-    }
-    Ok(Described {
+    let sent = sent.map(|sent| (sent.word.span(), sent.at.is_some()));
+    let field = Described {
         ident,
         ty: &field.ty,
         entries,
-    })
+    };
+    match sent {
+        Some((span, false)) if field.is_skipped() => Err(Error::new(
+            span,
+            format!("field `{ident}` is saved and skipped: remove one of the two"),
+        )),
+        _ => Ok(field),
+    }
+}
+
+/// A description that holds itself would never end.
+fn check_recursion(field: &Described<'_>, owner: &Ident) -> Result<()> {
+    let item = Shape::of(field.ty).item;
+    let names = ["Vec", "VecDeque", "LinkedList", "Option", "Box"];
+    let inner = |ty| names.iter().find_map(|name| argument(ty, name));
+    let innermost = std::iter::successors(Some(item), |ty| inner(ty)).last();
+    match innermost {
+        Some(Type::Path(path)) if path.path.is_ident(owner) || path.path.is_ident("Self") => {
+            let text = format!("`{owner}` cannot hold itself: its description would not end");
+            Err(Error::new(field.ident.span(), text))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// The word that fits a type, for the error that asks for one.
@@ -252,6 +276,7 @@ fn call(field: &Described<'_>, entry: &Entry) -> Result<TokenStream> {
     };
     let name = entry.name.as_ref().map_or(default, syn::LitStr::value);
     let at = accessor(field, entry);
+    let ty = holder(field, entry);
     let call = match &entry.kind {
         Kind::Skip => return Ok(TokenStream::new()),
         Kind::Subsection => {
@@ -267,14 +292,14 @@ fn call(field: &Described<'_>, entry: &Entry) -> Result<TokenStream> {
             let is_bitmap = matches!(entry.kind, Kind::Bitmap);
             let method = format_ident!("{}", entry.word, span = span);
             let number = length(field, entry, is_bitmap)?;
-            quote_spanned!(span=> .#method(#name, #at, #number))
+            quote_spanned!(span=> .#method #ty(#name, #at, #number))
         }
         Kind::List => {
             let (kind, max) = (
                 format_ident!("{}", entry.word.to_string().to_uppercase()),
                 &entry.max,
             );
-            quote_spanned!(span=> .list(#name, ::vmferry_vmstate::FieldType::#kind, #at, #max))
+            quote_spanned!(span=> .list #ty(#name, ::vmferry_vmstate::FieldType::#kind, #at, #max))
         }
         Kind::Tree => {
             let (key, max) = (tree_key(entry), &entry.max);
@@ -285,8 +310,8 @@ fn call(field: &Described<'_>, entry: &Entry) -> Result<TokenStream> {
             let many = if entry.nullable { "nullable" } else { "many" };
             let many = format_ident!("{many}", span = span);
             match elements(field, entry)? {
-                Some(number) => quote_spanned!(span=> .#many(#name, #element, #at, #number)),
-                None => quote_spanned!(span=> .single(#name, #element, #at)),
+                Some(number) => quote_spanned!(span=> .#many #ty(#name, #element, #at, #number)),
+                None => quote_spanned!(span=> .single #ty(#name, #element, #at)),
             }
         }
     };
@@ -312,6 +337,22 @@ fn accessor(field: &Described<'_>, entry: &Entry) -> TokenStream {
             quote_spanned!(ident.span()=> |state| state.#ident.as_mut_slice() #(#flatten)*)
         }
     }
+}
+
+/// The type that the accessor leads to, so that an error about it names it.
+fn holder(field: &Described<'_>, entry: &Entry) -> TokenStream {
+    let shape = Shape::of(field.ty);
+    if entry.at.is_some() || entry.nullable {
+        return TokenStream::new();
+    }
+    let item = shape.item;
+    let boxed = argument(field.ty, "Box").filter(|_| !is_sequence(entry));
+    let ty = match boxed {
+        Some(inner) => quote!(#inner),
+        None if shape.is_array() => quote_spanned!(item.span()=> [#item]),
+        None => quote!(#item),
+    };
+    quote_spanned!(item.span()=> ::<#ty>)
 }
 
 /// A field without an array type that still holds several elements.
@@ -382,7 +423,9 @@ fn elements(field: &Described<'_>, entry: &Entry) -> Result<Option<TokenStream>>
         let text = "`nullable` is for arrays: write `count = FIELD, max = 64` for a `Vec`";
         return Err(Error::new(entry.word.span(), text));
     }
-    if lengths.is_none() && entry.at.is_none() && argument(field.ty, "Vec").is_some() {
+    let slice = argument(field.ty, "Box").is_some_and(|inner| matches!(inner, Type::Slice(_)));
+    let unsized_ = slice || argument(field.ty, "Vec").is_some();
+    if lengths.is_none() && entry.at.is_none() && unsized_ {
         let text = format!(
             "how many elements has `{0}`? write `{1}, count = FIELD, max = 64`, or `{1}, count = 16` \
              if there are always so many",
@@ -448,7 +491,7 @@ fn counted(
             return Err(Error::new(entry.word.span(), text));
         }
     };
-    Ok(quote!(::vmferry_vmstate::Number::counted(#read, #max)))
+    Ok(quote!(::vmferry_vmstate::Number::<Self>::counted(#read, #max)))
 }
 
 /// What only the compiler knows: names and versions of other types.

@@ -125,22 +125,26 @@ fn closest(word: &str, known: impl Iterator<Item = &'static str>) -> Vec<&'stati
     near.map(|(_, name)| name).collect()
 }
 
-/// Letters to insert, remove or change to make one word of the other.
+/// Letters to insert, remove, change or swap with the next to make one word of the other.
 fn distance(a: &str, b: &str) -> usize {
-    let b: Vec<char> = b.chars().collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, from) in a.chars().enumerate() {
-        let mut diagonal = i;
-        let mut left = i + 1;
-        row[0] = left;
-        for (j, to) in b.iter().enumerate() {
-            let above = row[j + 1];
-            left = (diagonal + usize::from(from != *to)).min(above.min(left) + 1);
-            diagonal = above;
-            row[j + 1] = left;
+    let (a, b): (Vec<char>, Vec<char>) = (a.chars().collect(), b.chars().collect());
+    let mut table = vec![vec![0; b.len() + 1]; a.len() + 1];
+    for i in 0..=a.len() {
+        for j in 0..=b.len() {
+            table[i][j] = if i == 0 || j == 0 {
+                i + j
+            } else {
+                let changed = usize::from(a[i - 1] != b[j - 1]);
+                let swapped = i > 1 && j > 1 && a[i - 1] == b[j - 2] && a[i - 2] == b[j - 1];
+                let swap = swapped.then(|| table[i - 2][j - 2] + 1);
+                (table[i - 1][j - 1] + changed)
+                    .min(table[i - 1][j] + 1)
+                    .min(table[i][j - 1] + 1)
+                    .min(swap.unwrap_or(usize::MAX))
+            };
         }
     }
-    row[b.len()]
+    table[a.len()][b.len()]
 }
 
 #[cfg(test)]
@@ -150,7 +154,8 @@ mod tests {
     #[test]
     fn finds_what_was_meant() {
         assert_eq!(distance("uint32", "uint32"), 0);
-        assert_eq!(distance("unit32", "uint32"), 2);
+        assert_eq!(distance("unit32", "uint32"), 1);
+        assert_eq!(distance("uint", "int32"), 3);
         assert_eq!(distance("", "abc"), 3);
         assert_eq!(
             closest("uint3", ["uint32", "uint8", "x"].into_iter()),

@@ -64,8 +64,7 @@ fn round_trip<T: VmState + Clone>(stream: &[u8], capture: &str, device: T) -> T 
     body.encode(&mut bytes);
     assert_eq!(bytes, stream[start..end], "{capture}: {}", T::NAME);
     same_description::<T>(stream, capture, &body);
-    let state = device.lock().unwrap().clone();
-    state
+    Arc::into_inner(device).unwrap().into_inner().unwrap()
 }
 
 /// Our description of the device has the fields of QEMU's own.

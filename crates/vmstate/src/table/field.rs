@@ -153,13 +153,7 @@ pub(super) struct Single<E, T, F> {
 
 impl<T, F, E: Element<F>> Access<T> for Single<E, T, F> {
     fn describe(&self) -> Shape {
-        let element = self.element.describe();
-        Shape {
-            kind: element.kind,
-            count: Count::One,
-            bytes: element.bytes,
-            inner: element.inner,
-        }
+        Shape::of(self.element.describe(), Count::One)
     }
 
     fn save(&self, state: &mut T, out: &mut Saver<'_>) -> Result<(), DeviceError> {
@@ -196,13 +190,7 @@ impl<T, S: Sequence + ?Sized, E: Element<S::Item>> Many<E, T, S> {
 
 impl<T, S: Sequence + ?Sized, E: Element<S::Item>> Access<T> for Many<E, T, S> {
     fn describe(&self) -> Shape {
-        let element = self.element.describe();
-        Shape {
-            kind: element.kind,
-            count: self.number.count(),
-            bytes: element.bytes,
-            inner: element.inner,
-        }
+        Shape::of(self.element.describe(), self.number.count())
     }
 
     fn save(&self, state: &mut T, out: &mut Saver<'_>) -> Result<(), DeviceError> {
@@ -239,12 +227,10 @@ where
     E: Element<I>,
 {
     fn describe(&self) -> Shape {
-        let element = self.element.describe();
         Shape {
-            kind: element.kind,
-            count: self.number.count(),
+            // A null has one byte.
             bytes: None,
-            inner: element.inner,
+            ..Shape::of(self.element.describe(), self.number.count())
         }
     }
 
@@ -311,6 +297,7 @@ impl<T, S: Sequence<Item = u8> + ?Sized> Access<T> for Buffer<T, S> {
             count: Count::One,
             bytes: self.bytes.fixed(),
             inner: None,
+            varies: false,
         }
     }
 
@@ -345,6 +332,7 @@ impl<T, S: Sequence<Item = u64> + ?Sized> Access<T> for Bitmap<T, S> {
             count: Count::One,
             bytes: words.map(|words| words.saturating_mul(8)),
             inner: None,
+            varies: false,
         }
     }
 
@@ -381,6 +369,7 @@ impl<T> Access<T> for Unused {
             count: Count::One,
             bytes: u64::try_from(self.bytes).ok(),
             inner: None,
+            varies: false,
         }
     }
 
@@ -411,6 +400,7 @@ impl<T, V: View<T>> Access<T> for ViewField<V> {
             count: Count::One,
             bytes: description.fixed_bytes(V::VERSION),
             inner: Some(description.clone()),
+            varies: false,
         }
     }
 

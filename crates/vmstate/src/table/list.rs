@@ -64,6 +64,7 @@ impl<T, I: VmState + Default, Q: Queue<Item = I>> Access<T> for List<T, Q> {
             count: Count::Variable,
             bytes: None,
             inner: Some(I::description().clone()),
+            varies: false,
         }
     }
 
@@ -115,6 +116,7 @@ where
             count: Count::Variable,
             bytes: None,
             inner: Some(V::description().clone()),
+            varies: false,
         }
     }
 

@@ -14,7 +14,7 @@ pub use sequence::Sequence;
 
 use crate::description::{Count, Description, Field};
 use crate::device::{BoxError, DeviceError};
-use crate::element::Element;
+use crate::element::{Element, ElementDescription};
 use crate::loader::Loader;
 use crate::saved::{FieldType, SUBSECTION, SavedField, SavedState};
 use crate::state::{View, VmState};
@@ -93,6 +93,25 @@ struct Shape {
     count: Count,
     bytes: Option<u64>,
     inner: Option<Description>,
+    /// Its elements may differ in their layout.
+    varies: bool,
+}
+
+impl Shape {
+    fn of(element: ElementDescription, count: Count) -> Self {
+        let ElementDescription { kind, bytes, inner } = element;
+        let varies = match &inner {
+            Some(inner) => kind == FieldType::STRUCT && inner.varies_by_element(),
+            None => bytes.is_none(),
+        };
+        Self {
+            kind,
+            count,
+            bytes,
+            inner,
+            varies,
+        }
+    }
 }
 
 /// Where a field puts what it saves.
@@ -339,11 +358,8 @@ impl<T: 'static> Table<T> {
             count,
             bytes,
             inner,
+            varies,
         } = access.describe();
-        let one_by_one = match &inner {
-            Some(inner) => kind == FieldType::STRUCT && inner.varies_by_element(),
-            None => bytes.is_none(),
-        };
         self.description.fields.push(Field {
             name: name.into(),
             type_name: kind.as_str().to_owned().into(),
@@ -358,7 +374,7 @@ impl<T: 'static> Table<T> {
             kind,
             since: 0,
             condition: None,
-            one_by_one,
+            one_by_one: varies,
             access: Box::new(access),
         });
         self.number_repeated(name);
