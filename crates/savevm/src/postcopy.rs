@@ -62,6 +62,7 @@ impl PostcopyState {
                 Ok(Self::Discarding)
             }
             (Command::Packaged { .. }, _) if in_package => Err("it came in a package".into()),
+            (Command::Packaged { bytes: 0 }, _) => Err("it is empty".into()),
             (Command::Packaged { .. }, Self::Advised | Self::Discarding) => Ok(self),
             (Command::PostcopyListen, Self::Advised | Self::Discarding) => Ok(Self::Listening),
             (Command::PostcopyRun, Self::Listening) => Ok(Self::Running),
