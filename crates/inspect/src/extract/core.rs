@@ -138,7 +138,7 @@ impl CoreImage {
         elf::write(&file, &cpus, &pieces).map_err(ExtractError::write)?;
 
         let unplaced = blocks.iter().map(|block| &block.name);
-        let unplaced = unplaced.filter(|name| !placed.contains(name));
+        let unplaced = unplaced.filter(|name| !placed.contains(name) && !is_blob(name));
         let report = CoreReport {
             machine: self.machine,
             kind,
@@ -208,6 +208,11 @@ impl Visitor for CoreImage {
         self.description = parsed.ok();
         Ok(())
     }
+}
+
+/// A file that the firmware reads through a device; at no address.
+fn is_blob(name: &str) -> bool {
+    name.starts_with("/rom@")
 }
 
 fn is_chipset(name: &str) -> bool {

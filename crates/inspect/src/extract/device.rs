@@ -50,7 +50,13 @@ impl DeviceBody {
         let what = "device";
         let choices = self.choices;
         match (self.found, self.wanted) {
-            (Some(_), _) if self.is_ambiguous => Err(ExtractError::Ambiguous { what, choices }),
+            (Some(_), wanted) if self.is_ambiguous => {
+                let choices = match wanted {
+                    None => choices,
+                    Some(wanted) => filtered(choices, &wanted),
+                };
+                Err(ExtractError::Ambiguous { what, choices })
+            }
             (Some(found), _) => Ok(found),
             (None, Some(name)) if !choices.is_empty() => Err(ExtractError::NotFound {
                 what,
@@ -60,6 +66,12 @@ impl DeviceBody {
             (None, _) => Err(ExtractError::Absent("device")),
         }
     }
+}
+
+/// The choices with that name.
+fn filtered(choices: Vec<String>, name: &str) -> Vec<String> {
+    let is_of = |choice: &String| choice.rsplit_once('/').is_some_and(|(of, _)| of == name);
+    choices.into_iter().filter(is_of).collect()
 }
 
 impl Visitor for DeviceBody {

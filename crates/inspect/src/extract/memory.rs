@@ -3,6 +3,7 @@
 //! Pages come in any order and any number of times; the last one counts. Rules: the wire format
 //! notes on RAM, mapped-ram files and postcopy.
 
+use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Read;
@@ -204,9 +205,13 @@ impl MemoryImage {
         }
     }
 
+    /// The largest first.
     fn choices(&self) -> Vec<String> {
-        let blocks = self.blocks.iter().take(MAX_CHOICES);
+        let mut blocks: Vec<_> = self.blocks.iter().collect();
+        blocks.sort_by_key(|block| Reverse(block.length));
         blocks
+            .into_iter()
+            .take(MAX_CHOICES)
             .map(|block| format!("{} ({} bytes)", block.name, block.length))
             .collect()
     }

@@ -260,7 +260,7 @@ fn one_block_of_several_has_to_be_named() {
     let choices = memory.0.finish().map(|_| ());
     assert!(
         matches!(&choices, Err(ExtractError::NotFound { choices, .. })
-            if choices == &["a (4096 bytes)", "b (8192 bytes)"]),
+            if choices == &["b (8192 bytes)", "a (4096 bytes)"]),
         "{choices:?}"
     );
     let mut memory = listed(Blocks::Named("b".into()), &blocks);
