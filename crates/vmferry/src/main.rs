@@ -47,6 +47,7 @@ fn run(cli: Cli) -> Result<Exit, Failure> {
         Command::Set(flags) => commands::set::run(&flags),
         Command::Resolve(flags) => commands::resolve::run(&flags),
         Command::Receive(flags) => commands::receive::run(&flags),
+        Command::Extract(flags) => commands::extract::run(&flags),
         Command::Inspect(flags) => commands::inspect::run(&flags),
         Command::Demo(flags) => commands::demo::run(&flags, cli.log),
         Command::Completions { shell } => commands::completions::run(shell),

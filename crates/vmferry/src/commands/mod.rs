@@ -4,6 +4,7 @@ pub(crate) mod cancel;
 pub(crate) mod completions;
 mod daemon;
 pub(crate) mod demo;
+pub(crate) mod extract;
 pub(crate) mod inspect;
 pub(crate) mod man;
 pub(crate) mod migrate;

@@ -4,7 +4,9 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand, ValueHint};
 
+use super::inspect::stream_file;
 use super::size::Size;
+use super::stream_file::StreamFile;
 use crate::output::{self, Out};
 
 /// Take memory, a disk or a device out of a stream.
@@ -73,8 +75,8 @@ impl What {
 #[derive(Args, Debug)]
 pub(crate) struct FileFlags {
     /// The stream; - is standard input
-    #[arg(value_name = "FILE", value_hint = ValueHint::FilePath)]
-    pub(crate) file: PathBuf,
+    #[arg(value_name = "FILE", value_hint = ValueHint::FilePath, value_parser = stream_file())]
+    pub(crate) file: StreamFile,
     /// The file to write; - is standard output
     #[arg(short, long, value_name = "PATH", value_hint = ValueHint::FilePath)]
     pub(crate) output: PathBuf,
@@ -90,10 +92,6 @@ pub(crate) struct FileFlags {
 }
 
 impl FileFlags {
-    pub(crate) fn reads_stdin(&self) -> bool {
-        self.file.as_os_str() == "-"
-    }
-
     pub(crate) fn writes_stdout(&self) -> bool {
         self.output.as_os_str() == "-"
     }

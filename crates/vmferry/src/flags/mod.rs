@@ -3,6 +3,7 @@
 pub(crate) mod announce;
 pub(crate) mod device_glob;
 pub(crate) mod disk;
+pub(crate) mod extract;
 pub(crate) mod incoming;
 mod inspect;
 mod log;
@@ -22,6 +23,7 @@ use vmferry_channel::Uri;
 use crate::output::{self, Out};
 use announce::AnnounceFlag;
 use disk::DiskFlag;
+use extract::ExtractFlags;
 use incoming::IncomingFlag;
 pub(crate) use inspect::InspectFlags;
 pub(crate) use log::LogFlags;
@@ -86,6 +88,7 @@ pub(crate) enum Command {
     Set(SetFlags),
     Resolve(ResolveFlags),
     Receive(ReceiveFlags),
+    Extract(ExtractFlags),
     Inspect(InspectFlags),
     Demo(DemoFlags),
     /// Print a shell's completions
@@ -111,6 +114,9 @@ impl Command {
     /// Where `--json` wants its objects: standard output, unless that carries the stream, or the
     /// way back to a source.
     pub(crate) fn json_out(&self) -> Option<Out> {
+        if let Self::Extract(flags) = self {
+            return flags.json_out();
+        }
         let (json, uri) = match self {
             Self::Serve(flags) => {
                 let uri = match &flags.incoming {

@@ -3,13 +3,13 @@
 mod output;
 mod report;
 
-use std::fs::File;
 use std::io::{self, Read};
 
 use vmferry_inspect::{
     Blocks, CoreImage, CoreOptions, DescriptionText, DeviceBody, DiskImage, ExtractError,
     MemoryImage, Visitor, WalkError, walk,
 };
+use vmferry_stream::Fault;
 
 use crate::exit::{Exit, Failure};
 use crate::flags::extract::{ExtractFlags, FileFlags, RamFlags, What};
@@ -20,7 +20,7 @@ pub(crate) fn run(flags: &ExtractFlags) -> Result<Exit, Failure> {
     let files = flags.what.files();
     let is_text = matches!(flags.what, What::Vmdescription(_));
     let output = Output::create(files, is_text)?;
-    let mut input = open(files)?;
+    let mut input = files.file.open()?;
     let file = output.file()?;
     let job = Job {
         what: &flags.what,
@@ -80,19 +80,6 @@ fn core_options(flags: &RamFlags) -> CoreOptions {
     }
 }
 
-fn open(files: &FileFlags) -> Result<Box<dyn Read>, Failure> {
-    if files.reads_stdin() {
-        return Ok(Box::new(io::stdin().lock()));
-    }
-    let failed =
-        |error: io::Error| Failure::usage(format!("cannot read {}: {error}", files.file.display()));
-    let file = File::open(&files.file).map_err(failed)?;
-    if file.metadata().map_err(failed)?.is_dir() {
-        return Err(failed(io::ErrorKind::IsADirectory.into()));
-    }
-    Ok(Box::new(file))
-}
-
 fn cannot_write(files: &FileFlags, error: &io::Error) -> Failure {
     let place = if files.writes_stdout() {
         "standard output".into()
@@ -140,11 +127,9 @@ impl Job<'_> {
                 Some(error) => self.failed(error),
                 None => Failure::new(Exit::Failed, error),
             },
-            WalkError::Container(_) | WalkError::Read { .. } => {
-                Failure::usage(format!("{}: {error}", self.input()))
-            }
+            error if !is_stream(error) => self.files.file.unreadable(error),
             _ => {
-                let failure = Failure::new(Exit::Failed, format!("{}: {error}", self.input()));
+                let failure = Failure::new(Exit::Failed, format!("{}: {error}", self.files.file));
                 if self.files.partial {
                     return failure;
                 }
@@ -153,22 +138,15 @@ impl Job<'_> {
         }
     }
 
-    fn input(&self) -> String {
-        if self.files.reads_stdin() {
-            return "standard input".into();
-        }
-        self.files.file.display().to_string()
-    }
-
     fn failed(&self, error: &ExtractError) -> Failure {
         let (exit, choices) = match error {
             ExtractError::Ambiguous { choices, .. } | ExtractError::NotFound { choices, .. } => {
-                (Exit::Usage, choices.as_slice())
+                (Exit::Unreadable, choices.as_slice())
             }
-            ExtractError::Absent(_) => (Exit::Usage, [].as_slice()),
+            ExtractError::Absent(_) => (Exit::Unreadable, [].as_slice()),
             _ => (Exit::Failed, [].as_slice()),
         };
-        let mut failure = Failure::new(exit, format!("{}: {error}", self.input()));
+        let mut failure = Failure::new(exit, format!("{}: {error}", self.files.file));
         if !choices.is_empty() {
             failure = failure.hint(format!("there is: {}", choices.join(", ")));
         }
@@ -178,7 +156,7 @@ impl Job<'_> {
                 What::Disk(_) => ("disk", first.trim_matches('\'')),
                 What::Device(_) | What::Vmdescription(_) => ("device", first.as_str()),
             };
-            let file = self.files.file.display();
+            let file = &self.files.file;
             failure = failure.hint(format!(
                 "such as: vmferry extract {what} {file} {name} -o PATH"
             ));
@@ -187,10 +165,22 @@ impl Job<'_> {
     }
 }
 
+/// Is the input a stream, although perhaps a broken one?
+fn is_stream(error: &WalkError) -> bool {
+    match error {
+        WalkError::Container(_) | WalkError::Read { offset: 0, .. } => false,
+        WalkError::Stream(error) => !matches!(
+            error.fault,
+            Fault::BadMagic(_) | Fault::UnsupportedVersion(_) | Fault::ObsoleteVersion
+        ),
+        _ => true,
+    }
+}
+
 /// Is there something before the error that may be kept?
 fn leaves_something(error: &WalkError) -> bool {
     match error {
-        WalkError::Container(_) => false,
+        error if !is_stream(error) => false,
         WalkError::Visitor(cause) => !matches!(
             cause.downcast_ref(),
             Some(

@@ -194,7 +194,7 @@ mod tests {
 
     fn files(output: &Path, force: bool) -> FileFlags {
         FileFlags {
-            file: "-".into(),
+            file: PathBuf::from("-").into(),
             output: output.into(),
             force,
             partial: false,
@@ -218,7 +218,7 @@ mod tests {
         let path = folder.path().join("out");
         let output = create(&path, false).unwrap();
         write(&output.file().unwrap(), b"one").unwrap();
-        assert_eq!(fs::exists(&path).unwrap(), false);
+        assert!(!fs::exists(&path).unwrap());
         output.publish().unwrap();
         assert_eq!(fs::read(&path).unwrap(), b"one");
         drop(create(&path, true).unwrap());

@@ -290,13 +290,13 @@ fn core_object(core: &CoreReport) -> Value {
     };
     json!({
         "what": "core",
-        "machine": core.machine.as_ref().map(|machine| machine.as_str()),
+        "machine": core.machine.as_ref().map(vmferry_stream::Name::as_str),
         "layout": layout,
         "processors": core.cpus.len(),
         "addresses": addresses,
         "why-physical": why,
         "segments": core.pieces,
-        "unplaced": core.unplaced.iter().map(|name| name.as_str()).collect::<Vec<_>>(),
+        "unplaced": core.unplaced.iter().map(vmferry_stream::Name::as_str).collect::<Vec<_>>(),
         "blocks": core.blocks.iter().map(block_object).collect::<Vec<_>>(),
     })
 }
