@@ -49,6 +49,8 @@ fn run(cli: Cli) -> Result<Exit, Failure> {
         Command::Receive(flags) => commands::receive::run(&flags),
         Command::Extract(flags) => commands::extract::run(&flags),
         Command::Inspect(flags) => commands::inspect::run(&flags),
+        Command::Schema(flags) => commands::schema::run(&flags),
+        Command::Diff(flags) => commands::diff::run(&flags),
         Command::Demo(flags) => commands::demo::run(&flags, cli.log),
         Command::Completions { shell } => commands::completions::run(shell),
         Command::Man { dir } => commands::man::run(dir.as_deref()),

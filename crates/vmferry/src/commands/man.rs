@@ -65,17 +65,23 @@ fn closing_section(text: &str) -> String {
     section + ".fi\n"
 }
 
-/// `vmferry.1`, and `vmferry-COMMAND.1` for each command.
+/// `vmferry.1`, and `vmferry-COMMAND.1` for each command and each command of it.
 fn pages() -> io::Result<Vec<(String, Vec<u8>)>> {
     let mut program = program();
     program.build();
     let mut pages = vec![("vmferry.1".to_owned(), page(program.clone())?)];
-    for command in program.get_subcommands() {
-        let name = format!("vmferry-{}", command.get_name());
-        let command = command.clone().display_name(name.clone());
-        pages.push((format!("{name}.1"), page(command)?));
-    }
+    add_pages("vmferry", &program, &mut pages)?;
     Ok(pages)
+}
+
+fn add_pages(owner: &str, command: &Command, pages: &mut Vec<(String, Vec<u8>)>) -> io::Result<()> {
+    for command in command.get_subcommands() {
+        let name = format!("{owner}-{}", command.get_name());
+        let page = page(command.clone().display_name(name.clone()))?;
+        pages.push((format!("{name}.1"), page));
+        add_pages(&name, command, pages)?;
+    }
+    Ok(())
 }
 
 fn program() -> Command {
@@ -90,9 +96,10 @@ mod tests {
     fn each_command_has_a_page_with_its_options_and_examples() {
         let pages = pages().unwrap();
         let program = Cli::command();
-        assert_eq!(pages.len(), 1 + program.get_subcommands().count());
-        for command in program.get_subcommands() {
-            let name = format!("vmferry-{}.1", command.get_name());
+        let commands = with_inner("vmferry", &program);
+        assert_eq!(pages.len(), 1 + commands.len());
+        for (name, command) in commands {
+            let name = format!("{name}.1");
             let (_, page) = pages.iter().find(|(page, _)| *page == name).unwrap();
             let page = String::from_utf8(page.clone()).unwrap().replace('\\', "");
             assert!(page.contains(".SH EXAMPLES"), "{name}");
@@ -103,6 +110,17 @@ mod tests {
                 assert!(page.contains(&format!("--{option}")), "{name} --{option}");
             }
         }
+    }
+
+    /// Every command, and every command of a command, by the name of its page.
+    fn with_inner<'a>(owner: &str, command: &'a Command) -> Vec<(String, &'a Command)> {
+        let inner = command.get_subcommands().map(|command| {
+            let name = format!("{owner}-{}", command.get_name());
+            let mut commands = with_inner(&name, command);
+            commands.push((name, command));
+            commands
+        });
+        inner.flatten().collect()
     }
 
     #[test]

@@ -8,6 +8,7 @@ pub(crate) mod incoming;
 mod inspect;
 mod log;
 pub(crate) mod rate;
+mod schema;
 pub(crate) mod size;
 pub(crate) mod stream_file;
 pub(crate) mod time;
@@ -25,9 +26,10 @@ use announce::AnnounceFlag;
 use disk::DiskFlag;
 use extract::ExtractFlags;
 use incoming::IncomingFlag;
-pub(crate) use inspect::InspectFlags;
+pub(crate) use inspect::{DiffFlags, InspectFlags};
 pub(crate) use log::LogFlags;
 use rate::Rate;
+pub(crate) use schema::{SchemaCommand, SchemaDiffFlags, SchemaDumpFlags, SchemaFlags};
 use size::Size;
 use time::Millis;
 
@@ -90,6 +92,8 @@ pub(crate) enum Command {
     Receive(ReceiveFlags),
     Extract(ExtractFlags),
     Inspect(InspectFlags),
+    Diff(DiffFlags),
+    Schema(SchemaFlags),
     Demo(DemoFlags),
     /// Print a shell's completions
     #[command(after_long_help = "Examples:
@@ -129,6 +133,7 @@ impl Command {
             Self::Receive(flags) => (flags.json, Some(&flags.uri)),
             Self::Status(flags) => (flags.json, None),
             Self::Demo(flags) => (flags.json, None),
+            Self::Schema(flags) => (flags.json(), None),
             _ => (false, None),
         };
         json.then(|| match uri {

@@ -1,9 +1,11 @@
 //! What a person, or a program, sees of a migration.
 
 mod bar;
+pub(crate) mod diff;
 pub(crate) mod inspect;
 pub(crate) mod inspect_json;
 mod outcome;
+pub(crate) mod schema;
 mod status;
 pub(crate) mod style;
 mod track;
