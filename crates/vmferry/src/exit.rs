@@ -4,10 +4,13 @@
 //! |---|---|
 //! | 0 | whole and durable |
 //! | 1 | failed; the source serves on, a retry is safe |
-//! | 2 | wrong usage; for `inspect` and its kin, unreadable |
+//! | 2 | wrong usage |
 //! | 3 | undecided: disks are held until `vmferry resolve` |
 //! | 4 | refused before anything was sent |
 //! | 130 | cancelled |
+//!
+//! For commands that look at something (`inspect`, `diff`, `schema diff`): 0 whole or equal, 1 broken
+//! or different, 2 unreadable.
 
 use std::fmt;
 use std::io::{self, Write};
@@ -24,6 +27,8 @@ pub(crate) enum Exit {
     Failed,
     /// The command line makes no sense.
     Usage,
+    /// Two things are not the same.
+    Different,
     /// What shall be looked at cannot be read.
     Unreadable,
     /// Nobody knows which side has the disks: they are held.
@@ -38,7 +43,7 @@ impl Exit {
     pub(crate) fn status(self) -> u8 {
         match self {
             Self::Whole => 0,
-            Self::Failed => 1,
+            Self::Failed | Self::Different => 1,
             Self::Usage | Self::Unreadable => 2,
             Self::Undecided => 3,
             Self::Refused => 4,
@@ -96,6 +101,7 @@ impl Failure {
     pub(crate) fn object(&self) -> Option<Value> {
         let event = match self.exit {
             Exit::Whole | Exit::Failed | Exit::Usage | Exit::Unreadable => "failed",
+            Exit::Different => "different",
             Exit::Undecided => "undecided",
             Exit::Refused => "refused",
             Exit::Cancelled => "cancelled",

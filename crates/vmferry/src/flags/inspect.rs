@@ -47,6 +47,36 @@ pub(crate) struct InspectFlags {
     pub(crate) json: bool,
 }
 
+/// Compare two migration streams, field by field.
+///
+/// Sections and fields are matched by their names, whatever their order and offsets. What differs
+/// between any two streams of one machine is left out: clocks and armed timers, section ids, how often
+/// a page was sent. Guest memory and disks are compared by their layout, not by their content.
+#[derive(Debug, Args)]
+#[command(after_long_help = "\
+Exit status: 0 the streams do not differ, 1 they do (or one is broken), 2 one cannot be read.
+
+Examples:
+  vmferry diff before.migration after.migration
+  vmferry diff --device cpu --all before.migration after.migration")]
+pub(crate) struct DiffFlags {
+    /// The first stream; - is standard input
+    #[arg(value_name = "A", value_hint = ValueHint::FilePath, value_parser = stream_file())]
+    pub(crate) first: StreamFile,
+    /// The second stream
+    #[arg(value_name = "B", value_hint = ValueHint::FilePath, value_parser = stream_file())]
+    pub(crate) second: StreamFile,
+    /// Compare only devices whose name matches, with or without their path; may be repeated
+    #[arg(long, value_name = "GLOB")]
+    pub(crate) device: Vec<DeviceGlob>,
+    /// Compare clocks and timers, too
+    #[arg(long)]
+    pub(crate) all: bool,
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
 /// Parses a path or `-`.
 pub(crate) fn stream_file() -> impl TypedValueParser<Value = StreamFile> {
     PathBufValueParser::new().map(|path: PathBuf| StreamFile::from(path))
