@@ -4,6 +4,134 @@
 //! stream says which fields there are. So a device has a [`Description`], and state that was saved is
 //! a [`SavedState`]: the fields as they stand in the stream, with names and types. It encodes to the
 //! bytes of a body, and its JSON description says how to decode them again.
+//!
+//! # Describe a device
+//!
+//! `#[derive(VmState)]` on a plain struct describes it. Every field is sent or says why not; what is
+//! missing does not compile, and the compiler says what to write.
+//!
+//! ```
+//! use std::sync::{Arc, Mutex};
+//! use vmferry_vmstate::{Device, VmState};
+//!
+//! #[derive(Clone, Default, VmState)]
+//! #[vmstate(name = "watchdog", version = 2, minimum_version = 1, post_load = Self::check)]
+//! struct Watchdog {
+//!     #[vmstate(bool)]
+//!     enabled: bool,
+//!     #[vmstate(uint32, since = 2)]
+//!     reload: u32,
+//!     #[vmstate(timer)]
+//!     bark: Option<u64>,
+//!     #[vmstate(skip = "wired by the machine")]
+//!     irq: u8,
+//! }
+//!
+//! impl Watchdog {
+//!     fn check(&mut self, _version: u32) -> Result<(), &'static str> {
+//!         if self.bark.is_some() && !self.enabled {
+//!             return Err("a disabled watchdog does not bark");
+//!         }
+//!         Ok(())
+//!     }
+//! }
+//!
+//! let mut watchdog = Arc::new(Mutex::new(Watchdog { enabled: true, reload: 9, ..Watchdog::default() }));
+//! let mut body = Vec::new();
+//! Device::save(&mut watchdog)?.encode(&mut body);
+//! assert_eq!(body, b"\x01\0\0\0\x09\xff\xff\xff\xff\xff\xff\xff\xff");
+//!
+//! // In a stream something follows: here, the footer of the section.
+//! body.extend(b"\x7e\0\0\0\x2a");
+//! let decoded = watchdog.decode(2, &body)?;
+//! assert_eq!(decoded.used, 13);
+//! decoded.commit()?;
+//!
+//! body[0] = 0;
+//! body[5..13].fill(0);
+//! let refused = watchdog.decode(2, &body).unwrap_err();
+//! assert_eq!(
+//!     refused.to_string(),
+//!     "post_load of 'watchdog': a disabled watchdog does not bark"
+//! );
+//! assert!(watchdog.lock().unwrap().enabled);
+//! # Ok::<(), vmferry_vmstate::DeviceError>(())
+//! ```
+//!
+//! `examples/serial_port.rs` is a longer one to begin with.
+//!
+//! ## On the struct
+//!
+//! | attribute | meaning |
+//! |---|---|
+//! | `name = ".."` | QEMU's `vmsd_name`; a subsection's begins with its owner's name and a slash |
+//! | `version = 3` | what is written, and the highest that is read |
+//! | `minimum_version = 2` | the lowest that is read; without it, only `version` |
+//! | `needed = Self::f` | `fn(&Self) -> bool`: is there anything to send? For devices and subsections |
+//! | `pre_save`, `post_save`, `pre_load` `= Self::f` | `fn(&mut Self) -> Result<(), E>` |
+//! | `post_load = Self::f` | `fn(&mut Self, u32) -> Result<(), E>`, with the version that was sent |
+//! | `subsections(A, B)` | subsections that are computed: each is a [`View`] of the struct |
+//! | `unmigratable` | such a device blocks saving and loading |
+//!
+//! ## On a field
+//!
+//! One `#[vmstate(..)]` is one value on the wire, in the order in which they stand. A field can have
+//! several, and each begins with a type:
+//!
+//! | type | on the wire | Rust type |
+//! |---|---|---|
+//! | `bool`, `int8` … `uint64` | the value, big-endian | `bool`, `i8` … `u64` |
+//! | `uint8_equal`, `uint16_equal`, `uint32_equal`, `int32_equal` | as without `equal`; refused unless it is the receiver's own value | `u8`, `u16`, `u32`, `i32` |
+//! | `int64_equal` | the same, unsigned in spite of its name | `u64` |
+//! | `int32_le` | from 0 to the receiver's own value | `i32` |
+//! | `timer` | expiry in nanoseconds, all ones if not armed | `Option<u64>` |
+//! | `cpu_double` | high half, low half | `f64`, `u64` |
+//! | `buffer` | raw bytes | `[u8; N]`, `Vec<u8>` with `length` |
+//! | `bitmap` | words of 64 bits | `[u64; N]`, `Vec<u64>` with `length` in bits |
+//! | `struct` | its fields and subsections | [`VmState`], `Box` of it |
+//! | `vstruct = 2` | the same, in version 2 of it | [`VmState`] |
+//! | `tmp = V` | values computed for the stream | any; `V` is a [`View`] of the struct |
+//! | `qtailq`, `qlist` | a list that ends itself, with `max` | `Vec`, `VecDeque`, `LinkedList` of [`VmState`] |
+//! | `gtree` | a tree, with `max`; `key = struct` unless keys are `u64` | `BTreeMap` |
+//! | `custom = CODEC` | as the [`wire::Codec`] says | what it says |
+//! | `unused(28)` | so many zero bytes; no field of the struct | |
+//! | `subsection` | a subsection, sent if `needed` | [`VmState`] |
+//! | `skip = "why"` | nothing | any |
+//!
+//! Arrays of these are `[T; N]`, also `[[T; N]; M]`; a `Vec` or boxed slice says its `count`.
+//!
+//! | option | meaning |
+//! |---|---|
+//! | `name = "env.regs"` | QEMU's name, if it is not the field's |
+//! | `since = 2` | not in bodies of an older version |
+//! | `condition = Self::f` | `fn(&Self, version: u32) -> bool`: present only if it holds; together with `since`, both must |
+//! | `count = FIELD`, `max = 64` | as many elements as an earlier field says; `max` may be left out for `[T; N]` |
+//! | `length = FIELD`, `max = 64` | the same for bytes of a `buffer` and bits of a `bitmap` |
+//! | `count = Self::f`, `length = Self::f` | as many as `fn(&Self)` says, of any integer type |
+//! | `count = 16`, `length = 16` | always so many |
+//! | `nullable` | an array of `Option`s: those that are `None` here must be null there |
+//! | `as = u8` | the field is a `u8` on the wire, by `TryInto` in both directions |
+//! | `with = MODULE` | by `MODULE::to_wire(&T)` and `MODULE::from_wire(W)`, which return `Result`s |
+//! | `at = channels[0].count` | another place in the struct than the field |
+//! | `needed = Self::f` | of a `subsection`: `fn(&Self) -> bool` of its owner decides |
+//!
+//! # From state to device
+//!
+//! The registry knows a [`Device`]. There are four kinds:
+//!
+//! - `Arc<Mutex<T>>`, where `T` is [`VmState`] and `Clone`: the device describes itself;
+//! - [`Apart`], where the saved state is a type of its own ([`SaveRestore`]): for devices that hold
+//!   files and threads, and for runtime types that shall change without the format;
+//! - [`ByHand`], where a pair of functions writes and reads the bytes ([`OldStyle`]);
+//! - [`Unmigratable`], which refuses.
+//!
+//! # What runs when
+//!
+//! Saving: `needed`, `pre_save`, fields, subsections, `post_save`; the last whenever `pre_save`
+//! succeeded. Loading: `pre_load`, fields, subsections, `post_load`, all on a clone of the device; the
+//! hooks of a struct or subsection run where it stands. [`Decoded::commit`] puts the clone in place
+//! when the section's footer was right. So neither a hook that fails nor a broken stream changes the
+//! device.
 
 #![forbid(unsafe_code)]
 #![cfg_attr(

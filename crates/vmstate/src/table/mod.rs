@@ -520,13 +520,19 @@ impl<T: 'static> Table<T> {
         let Some([_, length]) = loader.peek(2).and_then(<[u8]>::first_chunk) else {
             return missing();
         };
-        let header = usize::from(*length).saturating_add(2);
-        let Some([_, _, name @ ..]) = loader.peek(header) else {
+        // A value may begin with the same byte: the name tells, as far as it can be seen.
+        let owner = self.description.name.bytes().chain([b'/']);
+        let length = usize::from(*length);
+        let there = length.min(loader.remaining().saturating_sub(2));
+        let Some([_, _, name @ ..]) = loader.peek(there.saturating_add(2)) else {
             return missing();
         };
-        let owner = self.description.name.as_bytes();
-        if !matches!(name.strip_prefix(owner), Some([b'/', ..])) {
+        let differs = owner.clone().zip(name).any(|(owner, name)| owner != *name);
+        if differs || length < owner.count() {
             return Ok(None);
+        }
+        if there < length {
+            return missing();
         }
         Ok(std::str::from_utf8(name).ok())
     }
