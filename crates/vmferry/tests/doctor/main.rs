@@ -1,0 +1,7 @@
+//! The commands that look into streams and schemas.
+
+#[path = "../peers/mod.rs"]
+#[expect(dead_code, reason = "other tests use the rest of it")]
+mod peers;
+
+mod schema;
