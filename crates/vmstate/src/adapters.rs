@@ -1,6 +1,7 @@
 //! Devices for the registry: described state, saved types kept apart, old-style pairs, and those
 //! that do not support migration.
 
+use std::ops::RangeInclusive;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::description::Description;
@@ -10,7 +11,8 @@ use crate::saved::SavedBody;
 use crate::state::VmState;
 
 /// A device that describes itself and is shared with the guest's threads. A body is decoded into a
-/// clone, hooks included; [`Decoded::commit`] puts the clone into the device's place.
+/// clone, hooks included; [`Decoded::commit`] puts the clone into the device's place. The device is
+/// locked while it is saved, and while it is cloned or replaced.
 impl<T: VmState + Clone> Device for Arc<Mutex<T>> {
     fn description(&self) -> Option<&Description> {
         Some(T::description())
@@ -119,6 +121,14 @@ pub trait OldStyle: Clone + Send + 'static {
 #[derive(Debug)]
 pub struct ByHand<T>(pub Arc<Mutex<T>>);
 
+impl<T: OldStyle> ByHand<T> {
+    /// The versions that it reads, of which it writes the highest.
+    #[must_use]
+    pub fn versions() -> RangeInclusive<u32> {
+        T::MINIMUM_VERSION..=T::VERSION
+    }
+}
+
 impl<T: OldStyle> Device for ByHand<T> {
     fn description(&self) -> Option<&Description> {
         None
@@ -136,7 +146,7 @@ impl<T: OldStyle> Device for ByHand<T> {
     }
 
     fn decode(&self, version: u32, window: &[u8]) -> Result<Decoded, DeviceError> {
-        if !(T::MINIMUM_VERSION..=T::VERSION).contains(&version) {
+        if !Self::versions().contains(&version) {
             return Err(DeviceError::Version {
                 owner: T::NAME.into(),
                 version,

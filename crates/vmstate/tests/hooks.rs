@@ -494,6 +494,7 @@ impl OldStyle for Tape {
 fn old_style_pairs() {
     let tape = Arc::new(Mutex::new(Tape(b"abc".to_vec())));
     let mut device = ByHand(Arc::clone(&tape));
+    assert_eq!(ByHand::<Tape>::versions(), 2..=3);
     assert!(device.description().is_none() && Device::is_needed(&device));
     assert_eq!(
         Device::save(&mut device).unwrap(),

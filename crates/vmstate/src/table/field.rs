@@ -266,6 +266,7 @@ where
 
     fn load(&self, state: &mut T, loader: &mut Loader<'_>) -> Result<(), DeviceError> {
         let count = self.number.to_load(state, loader)?;
+        loader.require(u64::try_from(count).unwrap_or(u64::MAX))?;
         let items = (self.at)(state).resized(count);
         let items = items.ok_or_else(|| no_room(loader, count))?;
         for (k, item) in items.iter_mut().enumerate() {
