@@ -37,7 +37,8 @@ use time::Millis;
 ///
 /// vmferry serves disks over NBD to any virtual machine monitor, and moves them to another host
 /// while guests write to them. It speaks QEMU's migration stream, so either end can be a QEMU
-/// that knows the "block" section.
+/// that knows the "block" section. And it looks into streams of any QEMU: what is in them, where they
+/// break, and memory, disks and devices out of them.
 #[derive(Debug, Parser)]
 #[command(
     name = "vmferry",
@@ -77,6 +78,7 @@ Exit status:
   3    undecided: nobody knows which side has the disks, they are held (see vmferry help resolve)
   4    refused before anything was sent
   130  cancelled
+  inspect, diff, extract, schema: 0 whole or equal, 1 broken or different, 2 unreadable
 
 First steps:
   vmferry demo      shows a live migration on this machine";
