@@ -14,6 +14,10 @@ use crate::exit::one_line;
 use crate::flags::device_glob::{self, DeviceGlob};
 use crate::flags::stream_file::StreamFile;
 
+/// With how many devices of the same description a device may share an entry. QEMU's largest family
+/// has nine.
+const MAX_TWINS: usize = 16;
+
 /// One of the two that are compared.
 pub(crate) struct Side {
     file: String,
@@ -262,7 +266,7 @@ impl<W: Write> Page<'_, W> {
         let mut by_state = BTreeMap::<&str, Vec<usize>>::new();
         for device in devices {
             let places = by_state.entry(&device.state).or_default();
-            let twin = places.iter().copied().find(|place| {
+            let twin = places.iter().copied().take(MAX_TWINS).find(|place| {
                 entries.get(*place).is_some_and(|(_, twin)| {
                     twin.forward == device.forward && twin.backward == device.backward
                 })

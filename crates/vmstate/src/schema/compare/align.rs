@@ -14,7 +14,7 @@ use crate::schema::{SchemaField, SchemaState, Source};
 
 /// Largest product of the numbers of fields on both sides that are matched by name; longer runs are
 /// compared by their length only. QEMU's longest state has about 150 fields.
-const MAX_CELLS: usize = 1 << 20;
+const MAX_CELLS: usize = 1 << 18;
 /// The name that QEMU gives to bytes without a meaning: it matches nothing.
 const UNUSED: &str = "unused";
 
@@ -122,12 +122,17 @@ impl Aligner {
     ) {
         // A schema says that one may be sent, a stream has those that were.
         let certain = certain && self.sender == Source::Stream;
+        let known: BTreeMap<_, _> = read
+            .iter()
+            .rev()
+            .map(|state| (state.name.as_str(), state))
+            .collect();
         for state in sent {
             let place = Rc::new(Place {
                 name: &state.name,
                 owner: owner.cloned(),
             });
-            match read.iter().find(|known| known.name == state.name) {
+            match known.get(state.name.as_str()) {
                 None => self.add(no(certain), path(Some(&place)), Cause::UnknownSubsection),
                 Some(known) => {
                     if self.version_is_loaded(Some(&place), state, known, certain) {

@@ -130,7 +130,7 @@ pub enum Extent {
 /// Names of fields that stand one after another.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Names {
-    /// The first of them, at most [`MAX_NAMES`].
+    /// The first of them, at most four.
     pub first: Vec<String>,
     /// How many more.
     pub more: usize,
