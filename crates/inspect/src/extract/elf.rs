@@ -196,3 +196,100 @@ fn put(status: &mut [u8], at: usize, bytes: &[u8]) {
 fn length(bytes: &[u8]) -> u64 {
     u64::try_from(bytes.len()).unwrap_or(u64::MAX)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use super::*;
+
+    fn bytes_at<const N: usize>(file: &File, at: u64) -> [u8; N] {
+        let mut bytes = [0; N];
+        file.read_exact_at(&mut bytes, at).unwrap();
+        bytes
+    }
+
+    fn half(file: &File, at: u64) -> u16 {
+        u16::from_le_bytes(bytes_at(file, at))
+    }
+
+    fn word(file: &File, at: u64) -> u32 {
+        u32::from_le_bytes(bytes_at(file, at))
+    }
+
+    fn long(file: &File, at: u64) -> u64 {
+        u64::from_le_bytes(bytes_at(file, at))
+    }
+
+    fn pieces(count: u64) -> Vec<Piece> {
+        let piece = |number| Piece {
+            address: 0xffff_8000_0000_0000 + number * 8192,
+            physical: number * 4096,
+            bytes: 4096,
+            file_offset: MEMORY_START,
+        };
+        (0..count).map(piece).collect()
+    }
+
+    fn core(cpus: &[CpuState], pieces: &[Piece]) -> File {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(MEMORY_START + 4097).unwrap();
+        write(&file, cpus, pieces).unwrap();
+        file
+    }
+
+    #[test]
+    fn headers_stand_behind_the_memory() {
+        let file = core(&[], &pieces(2));
+        assert_eq!(&bytes_at(&file, 0), b"\x7fELF\x02\x01\x01\0");
+        let headers = long(&file, 32);
+        assert_eq!(headers, MEMORY_START + 8192);
+        assert_eq!((half(&file, 54), half(&file, 56)), (56, 3));
+        assert_eq!((long(&file, 40), half(&file, 60)), (0, 0));
+        assert_eq!(word(&file, headers), PT_NOTE);
+        let second = headers + 2 * 56;
+        assert_eq!(word(&file, second), PT_LOAD);
+        assert_eq!(long(&file, second + 8), MEMORY_START);
+        assert_eq!(long(&file, second + 16), 0xffff_8000_0000_2000);
+        assert_eq!(long(&file, second + 24), 4096);
+        assert_eq!(
+            (long(&file, second + 32), long(&file, second + 40)),
+            (4096, 4096)
+        );
+    }
+
+    #[test]
+    fn more_headers_than_a_half_can_count_are_counted_elsewhere() {
+        for (count, is_elsewhere) in [(65_533, false), (65_534, true), (70_000, true)] {
+            let file = core(&[], &pieces(count));
+            let sections = long(&file, 40);
+            assert_eq!(sections != 0, is_elsewhere, "{count}");
+            if is_elsewhere {
+                assert_eq!((half(&file, 56), half(&file, 60)), (PN_XNUM, 1));
+                assert_eq!(u64::from(word(&file, sections + 44)), count + 1);
+                assert_eq!(file.metadata().unwrap().len(), sections + 64);
+            } else {
+                assert_eq!(u64::from(half(&file, 56)), count + 1);
+            }
+        }
+    }
+
+    #[test]
+    fn each_processor_is_a_thread() {
+        let mut cpus = [CpuState::default(); 2];
+        cpus[1].rip = 0x1234;
+        cpus[1].registers[0] = 0x5678;
+        cpus[1].segments[4].base = 0x9abc;
+        let file = core(&cpus, &[]);
+        let notes = MEMORY_START + 8192;
+        let second = notes + 356;
+        assert_eq!(word(&file, second + 8), NT_PRSTATUS);
+        assert_eq!(&bytes_at(&file, second + 12), b"CORE\0\0\0\0");
+        let status = second + 20;
+        assert_eq!(word(&file, status + 32), 2);
+        assert_eq!(long(&file, status + 112 + 10 * 8), 0x5678);
+        assert_eq!(long(&file, status + 112 + 16 * 8), 0x1234);
+        assert_eq!(long(&file, status + 112 + 21 * 8), 0x9abc);
+        assert_eq!(long(&file, notes + 20 + 112 + 16 * 8), 0);
+    }
+}
