@@ -2,10 +2,14 @@
 
 use std::io::{self, Read};
 
+use crate::limits::HELD_BYTES_MAX;
 use crate::walk::WalkError;
 
 /// Bytes that are read at once: they fit into a core's own cache.
 const CHUNK_BYTES: usize = 256 << 10;
+/// The window does not grow beyond this without need: one byte more than is held shows that it is
+/// too much.
+const WINDOW_BYTES_MAX: usize = HELD_BYTES_MAX + 1;
 
 /// A reader and a window on what comes next.
 #[derive(Debug)]
@@ -71,7 +75,8 @@ impl<R: Read> Source<R> {
             self.start = 0;
         }
         if wanted > self.buffer.len() {
-            let length = wanted.max(self.buffer.len().saturating_mul(2));
+            let doubled = self.buffer.len().saturating_mul(2);
+            let length = wanted.max(doubled.min(WINDOW_BYTES_MAX));
             self.buffer.resize(length, 0);
         }
         let room = self.buffer.get_mut(self.end..).unwrap_or_default();
