@@ -9,6 +9,8 @@ mod attribute;
 mod entry;
 mod expand;
 mod owner;
+mod rust_type;
+mod value;
 mod word;
 
 use proc_macro::TokenStream;

@@ -12,7 +12,8 @@ use crate::state::VmState;
 
 /// A device that describes itself and is shared with the guest's threads. A body is decoded into a
 /// clone, hooks included; [`Decoded::commit`] puts the clone into the device's place. The device is
-/// locked while it is saved, and while it is cloned or replaced.
+/// locked while it is saved, and while it is cloned or replaced; fields that are skipped are those of
+/// the moment when the body was decoded.
 impl<T: VmState + Clone> Device for Arc<Mutex<T>> {
     fn description(&self) -> Option<&Description> {
         Some(T::description())
@@ -39,6 +40,54 @@ impl<T: VmState + Clone> Device for Arc<Mutex<T>> {
 }
 
 /// A device whose saved state is a type of its own. Wrap it in [`Apart`] to register it.
+///
+/// ```
+/// use std::sync::{Arc, Mutex, mpsc};
+/// use vmferry_vmstate::{Apart, BoxError, Device, SaveRestore, VmState};
+///
+/// /// It holds what cannot be cloned or sent.
+/// struct Console {
+///     column: u8,
+///     output: mpsc::Sender<u8>,
+/// }
+///
+/// #[derive(Default, VmState)]
+/// #[vmstate(name = "console", version = 1)]
+/// struct SavedConsole {
+///     #[vmstate(uint8)]
+///     column: u8,
+/// }
+///
+/// impl SaveRestore for Console {
+///     type Saved = SavedConsole;
+///
+///     fn is_needed(&self) -> bool {
+///         true
+///     }
+///
+///     fn save(&mut self) -> Result<SavedConsole, BoxError> {
+///         // Names every field: a new one does not compile until it is thought of.
+///         let Self { column, output: _ } = self;
+///         Ok(SavedConsole { column: *column })
+///     }
+///
+///     fn template(&self) -> SavedConsole {
+///         SavedConsole::default()
+///     }
+///
+///     fn restore(&mut self, saved: SavedConsole) -> Result<(), BoxError> {
+///         let SavedConsole { column } = saved;
+///         self.column = column;
+///         Ok(())
+///     }
+/// }
+///
+/// let (output, _screen) = mpsc::channel();
+/// let console = Arc::new(Mutex::new(Console { column: 0, output }));
+/// Apart(console.clone()).decode(1, b"\x07\x7e")?.commit()?;
+/// assert_eq!(console.lock().unwrap().column, 7);
+/// # Ok::<(), vmferry_vmstate::DeviceError>(())
+/// ```
 pub trait SaveRestore: Send + 'static {
     /// What goes into the stream.
     type Saved: VmState;

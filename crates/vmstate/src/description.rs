@@ -61,6 +61,15 @@ impl Description {
             .try_fold(0, |sum: u64, bytes| sum.checked_add(bytes?))
     }
 
+    /// Bytes that there are at least in the current version, whatever the state.
+    pub(crate) fn least_bytes(&self) -> u64 {
+        let present = self
+            .fields
+            .iter()
+            .filter(|field| field.since <= self.version);
+        present.map(Field::least_bytes).fold(0, u64::saturating_add)
+    }
+
     /// Elements of an array of this may have different fields, so each is described by itself.
     pub(crate) fn varies_by_element(&self) -> bool {
         let varies = |field: &Field| {
@@ -73,6 +82,22 @@ impl Description {
 }
 
 impl Field {
+    fn least_bytes(&self) -> u64 {
+        let count = match self.count {
+            Count::One => 1,
+            Count::Fixed(count) => u64::from(count),
+            Count::Variable => return 0,
+        };
+        let inner = self.inner.as_ref();
+        let inner = inner.filter(|_| self.type_name == "struct");
+        let each = match self.element_bytes {
+            _ if self.conditional => 0,
+            Some(bytes) => bytes,
+            None => inner.map_or(0, Description::least_bytes),
+        };
+        each.saturating_mul(count)
+    }
+
     fn fixed_bytes(&self) -> Option<u64> {
         let count = match self.count {
             Count::One => 1,

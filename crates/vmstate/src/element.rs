@@ -73,6 +73,16 @@ pub struct Converted<E, T, W> {
 #[derive(Clone, Copy, Debug)]
 pub struct Boxed<E>(pub E);
 
+impl ElementDescription {
+    /// Bytes that one takes at least.
+    pub(crate) fn least_bytes(&self) -> u64 {
+        let inner = self.inner.as_ref();
+        let inner = inner.filter(|_| self.kind == FieldType::STRUCT);
+        self.bytes
+            .unwrap_or_else(|| inner.map_or(0, Description::least_bytes))
+    }
+}
+
 impl Elements {
     /// What was saved, as the content of a field.
     pub(crate) fn into_content(self) -> Content {

@@ -121,7 +121,7 @@
 //!
 //! - `Arc<Mutex<T>>`, where `T` is [`VmState`] and `Clone`: the device describes itself;
 //! - [`Apart`], where the saved state is a type of its own ([`SaveRestore`]): for devices that hold
-//!   files and threads, and for runtime types that shall change without the format;
+//!   files and threads, and for runtime types that shall change without changing the format;
 //! - [`ByHand`], where a pair of functions writes and reads the bytes ([`OldStyle`]);
 //! - [`Unmigratable`], which refuses.
 //!

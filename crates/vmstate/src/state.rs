@@ -64,6 +64,50 @@ pub trait VmState: Sized + Send + 'static {
 
 /// Values that are computed from an `Owner` for the stream, and put back into it when they arrive:
 /// QEMU's `tmp` fields, and subsections that are no field of their owner.
+///
+/// ```
+/// use vmferry_vmstate::{BoxError, View, VmState};
+///
+/// #[derive(Default, VmState)]
+/// #[vmstate(name = "clock", version = 1)]
+/// struct Clock {
+///     #[vmstate(tmp = Halves)]
+///     nanoseconds: u64,
+/// }
+///
+/// /// What older versions kept apart.
+/// #[derive(Default, VmState)]
+/// #[vmstate(name = "clock/halves", version = 1)]
+/// struct Halves {
+///     #[vmstate(uint32)]
+///     seconds: u32,
+///     #[vmstate(uint32)]
+///     rest: u32,
+/// }
+///
+/// impl View<Clock> for Halves {
+///     fn is_needed_by(_: &Clock) -> bool {
+///         true
+///     }
+///
+///     fn take(clock: &mut Clock) -> Result<Self, BoxError> {
+///         Ok(Self {
+///             seconds: u32::try_from(clock.nanoseconds / 1_000_000_000)?,
+///             rest: u32::try_from(clock.nanoseconds % 1_000_000_000)?,
+///         })
+///     }
+///
+///     fn put(self, clock: &mut Clock, _version: u32) -> Result<(), BoxError> {
+///         clock.nanoseconds = u64::from(self.seconds) * 1_000_000_000 + u64::from(self.rest);
+///         Ok(())
+///     }
+/// }
+///
+/// let mut bytes = Vec::new();
+/// Clock { nanoseconds: 3_000_000_007 }.save()?.encode(&mut bytes);
+/// assert_eq!(bytes, [0, 0, 0, 3, 0, 0, 0, 7]);
+/// # Ok::<(), vmferry_vmstate::DeviceError>(())
+/// ```
 pub trait View<Owner>: VmState + Default {
     /// Is there anything to send? Asked of subsections.
     fn is_needed_by(owner: &Owner) -> bool;

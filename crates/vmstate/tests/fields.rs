@@ -693,3 +693,59 @@ fn subsections_have_subsections_and_repeated_names_are_numbered() {
         .collect();
     assert_eq!(described, ["first"; 3]);
 }
+
+#[derive(Clone, Debug, Default, PartialEq, VmState)]
+#[vmstate(name = "huge", version = 1)]
+struct Huge {
+    #[vmstate(uint64)]
+    count: u64,
+    #[vmstate(uint8)]
+    kind: u8,
+    #[vmstate(uint64, count = count, max = 1 << 40, condition = Self::is_0)]
+    numbers: Vec<u64>,
+    #[vmstate(struct, count = count, max = 1 << 40, condition = Self::is_1)]
+    holders: Vec<Holder>,
+    #[vmstate(buffer, length = count, max = 1 << 40, condition = Self::is_2)]
+    bytes: Vec<u8>,
+    #[vmstate(bitmap, length = count, max = 1 << 40, condition = Self::is_3)]
+    bits: Vec<u64>,
+    #[vmstate(uint8, nullable, count = count, max = 1 << 40, condition = Self::is_4)]
+    pointers: Vec<Option<u8>>,
+}
+
+macro_rules! kinds {
+    ($($is:ident $kind:literal)*) => {
+        impl Huge {$(
+            fn $is(&self, _: u32) -> bool {
+                self.kind == $kind
+            }
+        )*}
+    };
+}
+
+kinds!(is_0 0 is_1 1 is_2 2 is_3 3 is_4 4);
+
+/// Memory for 2^40 elements is not there to be had: that this ends in an error says that none was
+/// asked for.
+#[test]
+fn memory_is_allocated_only_for_bytes_that_are_there() {
+    let names = ["numbers", "holders", "bytes", "bits", "pointers"];
+    for (kind, name) in (0..).zip(names) {
+        let load = |count: u64| {
+            let body = [&count.to_be_bytes()[..], &[kind], &[0; 63]].concat();
+            Huge::default()
+                .load(&mut Loader::new(&body), 1)
+                .unwrap_err()
+        };
+        match load(1 << 40) {
+            DeviceError::Incomplete { have: 72, field } => assert_eq!(field, name),
+            other => panic!("{name}: {other}"),
+        }
+        match load((1 << 40) + 1) {
+            DeviceError::Field {
+                field, offset: 8, ..
+            } => assert_eq!(field, name),
+            other => panic!("{name}: {other}"),
+        }
+    }
+}

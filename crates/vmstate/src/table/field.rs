@@ -172,18 +172,18 @@ pub(super) struct Many<E, T, S: ?Sized> {
     element: E,
     at: fn(&mut T) -> &mut S,
     number: Number<T>,
-    /// Bytes of an element.
-    each: Option<u64>,
+    /// Bytes that an element takes at least.
+    least: u64,
 }
 
 impl<T, S: Sequence + ?Sized, E: Element<S::Item>> Many<E, T, S> {
     pub(super) fn new(element: E, at: fn(&mut T) -> &mut S, number: Number<T>) -> Self {
-        let each = element.describe().bytes;
+        let least = element.describe().least_bytes();
         Self {
             element,
             at,
             number,
-            each,
+            least,
         }
     }
 }
@@ -204,7 +204,7 @@ impl<T, S: Sequence + ?Sized, E: Element<S::Item>> Access<T> for Many<E, T, S> {
         let count = self.number.to_load(state, loader)?;
         // Memory is allocated only for elements that are there.
         let bytes = u64::try_from(count).unwrap_or(u64::MAX);
-        loader.require(bytes.saturating_mul(self.each.unwrap_or(0)))?;
+        loader.require(bytes.saturating_mul(self.least))?;
         let items = (self.at)(state).resized(count);
         let items = items.ok_or_else(|| no_room(loader, count))?;
         for (k, item) in items.iter_mut().enumerate() {
