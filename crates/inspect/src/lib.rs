@@ -15,7 +15,7 @@
 )]
 
 mod container;
-mod diff;
+pub mod diff;
 mod extract;
 pub mod limits;
 mod report;
@@ -24,7 +24,6 @@ mod source;
 mod walk;
 
 pub use container::{Container, ContainerError, LibvirtHeader};
-pub use diff::{DiffOptions, Difference, Sides, diff};
 pub use extract::{
     AddressSpace, Addresses, BlockImage, Blocks, CoreImage, CoreOptions, CoreReport, CpuState,
     DescriptionText, DeviceBody, DeviceBytes, DiskImage, DiskReport, ExtractError, MachineKind,

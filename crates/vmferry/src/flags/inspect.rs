@@ -17,14 +17,16 @@ use super::stream_file::StreamFile;
 /// Devices are shown field by field, by the description that QEMU puts behind a stream. The content
 /// of guest memory and disks is counted and never printed.
 #[derive(Debug, Args)]
-#[command(after_long_help = "\
-Exit status: 0 the stream is whole, 1 it is broken or truncated, 2 it cannot be read.
-
-Examples:
+#[command(after_long_help = "Examples:
   vmferry inspect guest.migration
   vmferry inspect --device 'virtio*' --offsets guest.migration
-  virsh save demo /dev/stdout | vmferry inspect -
-  vmferry inspect --json guest.migration | jq '.ram.blocks[] | {name, data}'")]
+  xz -dc guest.migration.xz | vmferry inspect -
+  vmferry inspect --json guest.migration | jq '.ram.blocks[] | {name, data}'
+
+Exit status:
+  0  the stream is whole
+  1  it is broken or truncated
+  2  wrong usage, or it cannot be read")]
 pub(crate) struct InspectFlags {
     /// The stream; - is standard input
     #[arg(value_name = "FILE", value_hint = ValueHint::FilePath, value_parser = stream_file())]
@@ -51,14 +53,17 @@ pub(crate) struct InspectFlags {
 ///
 /// Sections and fields are matched by their names, whatever their order and offsets. What differs
 /// between any two streams of one machine is left out: clocks and armed timers, section ids, how often
-/// a page was sent. Guest memory and disks are compared by their layout, not by their content.
+/// a page was sent. Guest memory and disks are compared by their layout, and by content only if that is
+/// asked for.
 #[derive(Debug, Args)]
-#[command(after_long_help = "\
-Exit status: 0 the streams do not differ, 1 they do (or one is broken), 2 one cannot be read.
-
-Examples:
+#[command(after_long_help = "Examples:
   vmferry diff before.migration after.migration
-  vmferry diff --device cpu --all before.migration after.migration")]
+  vmferry diff --device cpu --all before.migration after.migration
+
+Exit status:
+  0  the streams do not differ
+  1  they do, or one of them is broken
+  2  wrong usage, or one of them cannot be read")]
 pub(crate) struct DiffFlags {
     /// The first stream; - is standard input
     #[arg(value_name = "A", value_hint = ValueHint::FilePath, value_parser = stream_file())]
@@ -72,6 +77,10 @@ pub(crate) struct DiffFlags {
     /// Compare clocks and timers, too
     #[arg(long)]
     pub(crate) all: bool,
+    /// Compare what is in guest memory and on disks, too; needs room for them in the folder for
+    /// temporary files
+    #[arg(long, conflicts_with = "device")]
+    pub(crate) contents: bool,
     /// Print one JSON object
     #[arg(long)]
     pub(crate) json: bool,

@@ -3,7 +3,7 @@
 use std::io::{self, Write};
 
 use serde_json::{Value as Json, json};
-use vmferry_inspect::{Difference, Sides};
+use vmferry_inspect::diff::{Difference, Sides};
 use vmferry_vmstate::{Content, SavedField};
 
 use super::style::Palette;
@@ -51,6 +51,18 @@ pub(crate) fn lines(
                         palette.good(other)
                     )?;
                 }
+            }
+            Sides::Contents {
+                units,
+                unit_bytes,
+                first_at,
+            } => {
+                let unit = super::bytes(*unit_bytes as u64);
+                let units = count(*units, "piece");
+                writeln!(
+                    out,
+                    "  {units} of {unit} differ, the first at {first_at:#x}"
+                )?;
             }
             Sides::MoreElements(more) => {
                 let more = count(*more as u64, "element");
@@ -101,8 +113,9 @@ pub(crate) fn object(found: &[Difference]) -> Json {
                 value::json(other, false).unwrap_or_default(),
             ),
             Sides::MoreElements(more) => (json!(more), json!(more)),
+            Sides::Contents { .. } => (Json::Null, Json::Null),
         };
-        json!({
+        let mut object = json!({
             "part": difference.part,
             "field": difference.field,
             "kind": match difference.sides {
@@ -110,10 +123,22 @@ pub(crate) fn object(found: &[Difference]) -> Json {
                 Sides::OnlySecond => "only-second",
                 Sides::Words(..) | Sides::Fields(..) => "changed",
                 Sides::MoreElements(_) => "more-elements",
+                Sides::Contents { .. } => "contents",
             },
             "first": first,
             "second": second,
-        })
+        });
+        if let Sides::Contents {
+            units,
+            unit_bytes,
+            first_at,
+        } = &difference.sides
+        {
+            object["units"] = json!(units);
+            object["unit_bytes"] = json!(unit_bytes);
+            object["first_at"] = json!(first_at);
+        }
+        object
     });
     json!({ "differences": differences.collect::<Vec<_>>() })
 }

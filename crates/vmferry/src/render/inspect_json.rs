@@ -85,7 +85,7 @@ fn configuration(report: &Report) -> Json {
                 "machine": configuration.machine.as_str(),
                 "page_bits": configuration.page_bits.map(vmferry_stream::PageBits::bits),
                 "capabilities": capabilities.map(|names| {
-                    names.iter().map(|name| name.as_str()).collect::<Vec<_>>()
+                    names.iter().map(vmferry_stream::Name::as_str).collect::<Vec<_>>()
                 }),
                 "uuid": configuration.uuid.map(|uuid| value::hex(&uuid)),
             })

@@ -4,9 +4,13 @@
 //! their order. What differs between any two streams of one machine is left out unless it is asked
 //! for: where things stand, section ids, how often pages were sent, and clocks.
 
+mod contents;
+
 use std::collections::BTreeMap;
 
 use vmferry_vmstate::{Content, SavedBody, SavedField, SavedState, Shape};
+
+pub use contents::{ContentsError, Painting, compare, paint_disk, paint_memory};
 
 use crate::report::{DeviceReport, DeviceState, RamBlockSummary, Report};
 
@@ -70,6 +74,15 @@ pub enum Sides {
     Fields(SavedField, SavedField),
     /// More elements of the same array differ.
     MoreElements(usize),
+    /// Content of memory or of a disk.
+    Contents {
+        /// Pages or chunks that differ.
+        units: u64,
+        /// Length of one.
+        unit_bytes: usize,
+        /// Where the first one starts.
+        first_at: u64,
+    },
 }
 
 /// Compare two streams, as far as each could be read.
@@ -322,7 +335,7 @@ impl Comparison {
     }
 
     /// Both of a pair; if one is missing, that is told.
-    fn both<T>(&mut self, pair: (Option<T>, Option<T>)) -> Option<(T, T)> {
+    fn both<T>(&mut self, pair: Pair<T>) -> Option<(T, T)> {
         match pair {
             (Some(first), Some(second)) => Some((first, second)),
             (Some(_), None) => {
@@ -369,11 +382,14 @@ fn without_time(memory: &[u8]) -> Vec<u8> {
     bytes.map(|(_, byte)| *byte).collect()
 }
 
+/// What two maps have for the same key.
+type Pair<T> = (Option<T>, Option<T>);
+
 /// All keys of two maps, with what each map has for them.
 fn pairs<K: Ord + Clone, T>(
     first: BTreeMap<K, T>,
     mut second: BTreeMap<K, T>,
-) -> Vec<(K, (Option<T>, Option<T>))> {
+) -> Vec<(K, Pair<T>)> {
     let mut all: Vec<_> = first
         .into_iter()
         .map(|(key, one)| {
