@@ -70,7 +70,7 @@ fn accessor(field: &Described<'_>, entry: &Entry) -> TokenStream {
     if let Some(at) = &entry.at {
         return quote!(|state| &mut state.#at);
     }
-    let shape = Shape::of(field.ty);
+    let shape = shape_of(field, entry);
     match shape.lengths.len() {
         0 if argument(field.ty, "Box").is_some() && !is_sequence(entry) => {
             quote_spanned!(ident.span()=> |state| &mut *state.#ident)
@@ -83,9 +83,21 @@ fn accessor(field: &Described<'_>, entry: &Entry) -> TokenStream {
     }
 }
 
+/// The field's type as the entry sees it: a format of its own takes an array whole.
+fn shape_of<'a>(field: &Described<'a>, entry: &Entry) -> Shape<'a> {
+    let is_counted = entry.count.is_some() || entry.nullable;
+    match entry.kind {
+        Kind::Custom(_) if !is_counted => Shape {
+            lengths: Vec::new(),
+            item: field.ty,
+        },
+        _ => Shape::of(field.ty),
+    }
+}
+
 /// The type that the accessor leads to, so that an error about it names it.
 fn holder(field: &Described<'_>, entry: &Entry) -> TokenStream {
-    let shape = Shape::of(field.ty);
+    let shape = shape_of(field, entry);
     if entry.at.is_some() || entry.nullable {
         return TokenStream::new();
     }
@@ -132,7 +144,7 @@ fn element(field: &Described<'_>, entry: &Entry) -> TokenStream {
             )
         },
     };
-    let shape = Shape::of(field.ty);
+    let shape = shape_of(field, entry);
     let item = match argument(shape.item, "Vec") {
         Some(item) if entry.count.is_some() => item,
         _ => shape.item,
@@ -201,7 +213,7 @@ fn length(field: &Described<'_>, entry: &Entry, is_bitmap: bool) -> Result<Token
 
 /// Elements of the field's array, if it is one.
 fn array_lengths(field: &Described<'_>, entry: &Entry) -> Option<TokenStream> {
-    let shape = Shape::of(field.ty);
+    let shape = shape_of(field, entry);
     let lengths = shape.lengths.into_iter().filter(|_| entry.at.is_none());
     let lengths = lengths.map(ToTokens::to_token_stream);
     lengths.reduce(|product, length| quote!((#product) * (#length)))

@@ -93,7 +93,7 @@
 //! | `tmp = V` | values computed for the stream | any; `V` is a [`View`] of the struct |
 //! | `qtailq`, `qlist` | a list that ends itself, with `max` | `Vec`, `VecDeque`, `LinkedList` of [`VmState`] |
 //! | `gtree` | a tree, with `max`; `key = struct` unless keys are `u64` | `BTreeMap` |
-//! | `custom = CODEC` | as the [`wire::Codec`] says | what it says |
+//! | `custom = CODEC` | as the [`wire::Codec`] says; with `count`, each element by itself | what it says |
 //! | `unused(28)` | so many zero bytes; no field of the struct | |
 //! | `subsection` | a subsection, sent if `needed` | [`VmState`] |
 //! | `skip = "why"` | nothing | any |

@@ -487,7 +487,7 @@ struct Converted {
     place: (u8, u8, u8),
     #[vmstate(custom = Hours)]
     opened: u8,
-    #[vmstate(custom = Hours)]
+    #[vmstate(custom = Hours, count = 2)]
     each: [u8; 2],
     #[vmstate(uint8, name = "limits.low", at = limits.0)]
     #[vmstate(uint8, name = "limits.high", at = limits.1)]

@@ -1,16 +1,12 @@
 //! Sections of a real QEMU, loaded by our descriptions and saved again.
 
 mod devices;
-
-use std::io::Read;
-use std::path::Path;
-use std::sync::{Arc, Mutex};
+mod sections;
 
 use devices::{FwCfg, Pit, Rtc};
+use sections::{capture, round_trip};
 use vmferry_vmstate::schema::{Schema, SchemaState, dump};
-use vmferry_vmstate::{
-    DescriptionWriter, Device, Dialect, Loader, SavedBody, VmDescription, VmState,
-};
+use vmferry_vmstate::{Loader, VmState};
 
 const CAPTURES: [&str; 8] = [
     "pc-72",
@@ -22,72 +18,6 @@ const CAPTURES: [&str; 8] = [
     "isapc-72",
     "isapc-100",
 ];
-
-fn capture(name: &str) -> Vec<u8> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../stream/tests/captures");
-    let file = std::fs::File::open(folder.join(format!("{name}.xz"))).unwrap();
-    let mut bytes = Vec::new();
-    xz2::read::XzDecoder::new(file)
-        .read_to_end(&mut bytes)
-        .unwrap();
-    bytes
-}
-
-/// Section id, and where the body of the device's only section begins.
-fn section(stream: &[u8], name: &str, version: u32) -> (u32, usize) {
-    let mut header = vec![u8::try_from(name.len()).unwrap()];
-    header.extend(name.bytes());
-    header.extend([0; 4]);
-    header.extend(version.to_be_bytes());
-    let found = memmem(stream, &header);
-    let at = found.unwrap_or_else(|| panic!("no section '{name}'"));
-    assert_eq!(stream[at - 5], 4, "'{name}' is no full section");
-    let id = u32::from_be_bytes(stream[at - 4..at].try_into().unwrap());
-    (id, at + header.len())
-}
-
-/// Load the section into a device, expect its footer, save the device: the same bytes, and the same
-/// description as QEMU wrote.
-fn round_trip<T: VmState + Clone>(stream: &[u8], capture: &str, device: T) -> T {
-    let (id, start) = section(stream, T::NAME, T::VERSION);
-    let mut device = Arc::new(Mutex::new(device));
-    let decoded = device.decode(T::VERSION, &stream[start..]).unwrap();
-    let end = start + decoded.used;
-    let footer = [&[0x7e], &id.to_be_bytes()[..]].concat();
-    assert_eq!(
-        stream[end..end + 5],
-        footer,
-        "{capture}: {} ends elsewhere",
-        T::NAME
-    );
-    decoded.commit().unwrap();
-
-    let body = Device::save(&mut device).unwrap();
-    let mut bytes = Vec::new();
-    body.encode(&mut bytes);
-    assert_eq!(bytes, stream[start..end], "{capture}: {}", T::NAME);
-    same_description::<T>(stream, capture, &body);
-    Arc::into_inner(device).unwrap().into_inner().unwrap()
-}
-
-/// Our description of the device has the fields of QEMU's own.
-fn same_description<T: VmState>(stream: &[u8], capture: &str, body: &SavedBody) {
-    let start =
-        memmem(stream, b"{\"configuration\": ").or_else(|| memmem(stream, b"{\"page_size\": "));
-    let theirs = VmDescription::parse(&stream[start.unwrap()..]).unwrap();
-    let mut writer = DescriptionWriter::new(Dialect::Qemu10, 4096, None);
-    writer.device(T::NAME, 0, body);
-    let ours = VmDescription::parse(writer.finish().as_bytes()).unwrap();
-    assert_eq!(
-        ours.devices[0].body,
-        theirs.device(T::NAME, 0).unwrap().body,
-        "{capture}"
-    );
-}
-
-fn memmem(bytes: &[u8], wanted: &[u8]) -> Option<usize> {
-    bytes.windows(wanted.len()).position(|at| at == wanted)
-}
 
 fn machine(capture: &str) -> FwCfg {
     FwCfg {
@@ -101,12 +31,12 @@ fn machine(capture: &str) -> FwCfg {
 fn real_sections_load_and_save_to_the_same_bytes() {
     for name in CAPTURES {
         let stream = capture(name);
-        let pit = round_trip(&stream, name, Pit::default());
+        let pit = round_trip(&stream, name, "i8254", Pit::default());
         assert_ne!(pit.channels[0].count, 0, "{name}: counter 0 ticks");
-        let rtc = round_trip(&stream, name, Rtc::default());
+        let rtc = round_trip(&stream, name, "mc146818rtc", Rtc::default());
         assert_ne!(rtc.base_rtc, 0, "{name}: it is after 1970");
         assert!(rtc.cmos_data.iter().any(|byte| *byte != 0));
-        let fw_cfg = round_trip(&stream, name, machine(name));
+        let fw_cfg = round_trip(&stream, name, "fw_cfg", machine(name));
         if machine(name).has_acpi_tables {
             assert_eq!(fw_cfg.acpi.table_mr_size, 0x20000, "{name}");
         }
