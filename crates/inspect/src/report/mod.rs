@@ -1,7 +1,7 @@
 //! What is in a stream, as one bounded picture.
 //!
-//! Sections, commands and devices stand in stream order, PARTs of a section next to one another
-//! counted as one; pages, chunks and bits are counted. A broken stream has a report, too: what was
+//! Sections, commands and devices stand in stream order, PARTs of a section with nothing but other
+//! PARTs between them counted as one; pages, chunks and bits are counted. A broken stream has a report, too: what was
 //! before the break, and what is wrong.
 
 mod contents;
@@ -70,9 +70,9 @@ pub enum DescriptionSource {
 pub struct Item {
     /// Where it starts in the input.
     pub offset: u64,
-    /// Its length, payload and footer included.
+    /// Its length, payload and footer included; of all, if there are several.
     pub bytes: u64,
-    /// How many of this kind stand here one after another.
+    /// How many of this kind stand here one after another, or in turn with PARTs of other sections.
     pub count: u64,
     /// It is inside a package.
     pub in_package: bool,
@@ -190,6 +190,18 @@ impl Report {
     pub fn machine(&self) -> Option<&str> {
         let configuration = self.configuration.as_ref()?;
         Some(configuration.machine.as_str())
+    }
+
+    /// Run state of the guest when it was saved, such as `running`, if the stream says it.
+    #[must_use]
+    pub fn run_state(&self) -> Option<String> {
+        let mut devices = self.devices.iter();
+        let device = devices.find(|device| device.section.name == "globalstate")?;
+        // A length, then the name in 100 bytes, padded with zeroes.
+        let name = device.body.as_deref()?.get(4..)?;
+        let name = name.split(|byte| *byte == 0).next()?;
+        let is_name = !name.is_empty() && name.iter().all(u8::is_ascii_graphic);
+        is_name.then(|| String::from_utf8_lossy(name).into_owned())
     }
 
     /// Is nothing wrong with the stream, its devices included?

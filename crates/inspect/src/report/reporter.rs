@@ -1,7 +1,7 @@
 //! The visitor that makes a report.
 
-use vmferry_stream::{Command, Configuration, Content, Name, Record, Section, SectionKind};
-use vmferry_vmstate::{DescriptionError, VmDescription};
+use vmferry_stream::{Command, Configuration, Content, Ending, Name, Record, Section, SectionKind};
+use vmferry_vmstate::{BodyLayout, DescriptionError, VmDescription};
 
 use super::contents::{Bitmaps, Disks};
 use super::ram::RamTally;
@@ -9,6 +9,9 @@ use super::{DescriptionSource, DeviceReport, Item, ItemKind, Problem, Report};
 use crate::container::Container;
 use crate::limits::{HELD_BYTES_MAX, PROBLEMS_MAX, REPORT_ITEMS_MAX, REPORT_NAMES_MAX};
 use crate::walk::{Body, Finish, VisitError, Visitor, WalkError};
+
+/// Live sections whose PARTs are counted together although they take turns.
+const SECTIONS_IN_TURN_MAX: usize = 16;
 
 /// Collects what a walk tells.
 #[derive(Debug)]
@@ -73,6 +76,15 @@ impl Reporter {
             Err(_) => self.item.as_ref().map_or(0, |(offset, _)| *offset),
         };
         self.end_item(reached);
+        self.open = None;
+        if let Ok(finish) = &end
+            && finish.is_followed
+            && finish.ending == Ending::WithoutDescription
+        {
+            let text = "the stream ends before this byte without a description, and more follows";
+            self.problem(finish.bytes, text.into());
+        }
+        self.compare_with_description();
         Report {
             container: self.container,
             start: self.start.unwrap_or(0),
@@ -95,6 +107,31 @@ impl Reporter {
         }
     }
 
+    /// The description tells of the devices that are in the stream, in the versions in which they are.
+    fn compare_with_description(&mut self) {
+        let Some(description) = self.description.take() else {
+            return;
+        };
+        let wrong = self.devices.iter().filter_map(|device| {
+            let section = &device.section;
+            let Some(layout) = description.device(&section.name, section.instance.0) else {
+                let text = "the description does not have this device".to_owned();
+                return Some((device.offset, section.clone(), text));
+            };
+            let version = match &layout.body {
+                BodyLayout::Described(state) => state.version,
+                BodyLayout::OldStyle { .. } => return None,
+            };
+            let text = format!("version {}, but described as {version}", section.version);
+            (version != section.version).then(|| (device.offset, section.clone(), text))
+        });
+        for (offset, section, text) in wrong.collect::<Vec<_>>() {
+            self.open = Some(section);
+            self.problem(offset, text);
+        }
+        self.description = Some(description);
+    }
+
     /// An item begins at `offset`, and with it the one before is over.
     fn begin_item(&mut self, offset: u64, kind: ItemKind) {
         self.end_item(offset);
@@ -106,12 +143,9 @@ impl Reporter {
             return;
         };
         let bytes = end.saturating_sub(offset);
-        if let Some(last) = self.items.last_mut()
-            && last.in_package == self.in_package
-            && belong_together(&last.kind, &kind)
-        {
-            last.bytes = last.bytes.saturating_add(bytes);
-            last.count = last.count.saturating_add(1);
+        if let Some(same) = self.item_of_same_kind(&kind) {
+            same.bytes = same.bytes.saturating_add(bytes);
+            same.count = same.count.saturating_add(1);
             return;
         }
         if self.items.len() >= REPORT_ITEMS_MAX {
@@ -125,6 +159,18 @@ impl Reporter {
             in_package: self.in_package,
             kind,
         });
+    }
+
+    /// The item that one more of this kind belongs to: the last one, or one with nothing but PARTs of
+    /// other sections behind it. QEMU 10.0 lets live sections take turns, tens of thousands of times.
+    fn item_of_same_kind(&mut self, kind: &ItemKind) -> Option<&mut Item> {
+        let mut last = self.items.iter().rev().take(SECTIONS_IN_TURN_MAX);
+        let back =
+            last.position(|item| belong_together(&item.kind, kind) || !is_part(&item.kind))?;
+        let place = self.items.len().checked_sub(back.checked_add(1)?)?;
+        let item = self.items.get_mut(place)?;
+        let is_it = item.in_package == self.in_package && belong_together(&item.kind, kind);
+        is_it.then_some(item)
     }
 
     fn problem(&mut self, offset: u64, text: String) {
@@ -267,10 +313,19 @@ impl Visitor for Reporter {
     ) -> Result<(), VisitError> {
         match parsed {
             Ok(description) => self.description = Some(description),
-            Err(error) => self.problem(offset, error.to_string()),
+            Err(error) => {
+                // It may be told while a device is open, which is not at fault.
+                let open = self.open.take();
+                self.problem(offset, error.to_string());
+                self.open = open;
+            }
         }
         Ok(())
     }
+}
+
+fn is_part(kind: &ItemKind) -> bool {
+    matches!(kind, ItemKind::Section(section) if section.kind == SectionKind::Part)
 }
 
 /// PARTs of one section, and commands of one kind, are counted as one item.

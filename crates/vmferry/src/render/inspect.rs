@@ -76,6 +76,9 @@ impl<W: Write> Tree<'_, W> {
                     ": {}, {whole}, {description}",
                     bytes(finish.bytes)
                 )?;
+                if let Some(state) = self.report.run_state() {
+                    write!(self.out, ", guest {state}")?;
+                }
             }
             Err(_) => write!(self.out, ": {}", self.palette.bad("broken"))?,
         }

@@ -28,6 +28,7 @@ pub(crate) fn object(report: &Report, shown: &Shown) -> Json {
         object.insert(key.to_owned(), value);
     };
     put("machine", json!(report.machine()));
+    put("run_state", json!(report.run_state()));
     put("container", container(report));
     put("start", json!(report.start));
     put("footers", json!(report.footers));
