@@ -10,7 +10,7 @@ pub const DESCRIPTION_BYTES_MAX: usize = 4 << 20;
 /// Bytes of libvirt's XML in front of a stream; what libvirt accepts.
 pub const LIBVIRT_XML_BYTES_MAX: u32 = 128 << 20;
 
-/// Items of a report. PARTs of the same section next to one another are one.
+/// Items of a report. PARTs of the same section are one, if nothing but other PARTs is between them.
 pub const REPORT_ITEMS_MAX: usize = 1 << 14;
 
 /// Disks, or bitmaps, of a report.

@@ -59,8 +59,7 @@ impl Wanted<'_> {
     }
 
     fn find_footer(&self, bytes: &[u8], searched: usize) -> End {
-        let [a, b, c, d] = self.id.0.to_be_bytes();
-        let footer = [FOOTER, a, b, c, d];
+        let footer = self.footer();
         let rest = bytes.get(searched..).unwrap_or_default();
         for at in memmem::find_iter(rest, &footer) {
             let body_bytes = searched.saturating_add(at);
@@ -77,6 +76,43 @@ impl Wanted<'_> {
         }
         let searched = bytes.len().saturating_sub(FOOTER_BYTES.saturating_sub(1));
         End::NotYet { searched }
+    }
+
+    /// Where the body ends if something is wrong with what follows: before the first footer of the
+    /// section, whatever stands behind it, or before something as long as a footer with a header
+    /// behind it.
+    pub(crate) fn find_broken(&self, bytes: &[u8]) -> Option<usize> {
+        if !self.footers {
+            return None;
+        }
+        let footer = memmem::find(bytes, &self.footer());
+        footer.or_else(|| {
+            let headers = memchr::memchr_iter(0x04, bytes);
+            let mut bodies = headers.filter_map(|header| header.checked_sub(FOOTER_BYTES));
+            bodies.find(|body| self.is_header_behind_footer(bytes, *body))
+        })
+    }
+
+    /// A footer of another section in a body, with a header behind it: the section has a wrong id, and
+    /// the one that has this id is in its body now.
+    pub(crate) fn find_swallowed(&self, body: &[u8]) -> Option<usize> {
+        let mut footers = memchr::memchr_iter(FOOTER, body);
+        footers.find(|footer| self.footers && self.is_header_behind_footer(body, *footer))
+    }
+
+    fn is_header_behind_footer(&self, bytes: &[u8], footer: usize) -> bool {
+        let behind = bytes.get(footer.saturating_add(FOOTER_BYTES)..);
+        let Some((0x04, header)) = behind.and_then(<[u8]>::split_first) else {
+            return false;
+        };
+        // The shortest names of devices have three letters.
+        let is_named = header.get(4).is_some_and(|length| *length > 2);
+        is_named && matches!(self.header(header), Guess::Is(Next::Full))
+    }
+
+    fn footer(&self) -> [u8; FOOTER_BYTES] {
+        let [a, b, c, d] = self.id.0.to_be_bytes();
+        [FOOTER, a, b, c, d]
     }
 
     fn find_header(&self, bytes: &[u8], searched: usize) -> End {
@@ -164,18 +200,20 @@ impl Wanted<'_> {
         }
     }
 
+    /// What is there of something that could follow. At the end of the input that is enough behind a
+    /// footer: the stream is cut there.
     fn short(&self) -> Guess {
-        if self.is_all {
-            Guess::No
-        } else {
-            Guess::TooShort
+        match (self.is_all, self.footers) {
+            (false, _) => Guess::TooShort,
+            (true, true) => Guess::Is(Next::Live),
+            (true, false) => Guess::No,
         }
     }
 }
 
-/// Does a footer of this section stand at the beginning of `bytes`?
-pub(crate) fn is_footer(id: SectionId, bytes: &[u8]) -> bool {
-    bytes.first() == Some(&FOOTER) && u32_at(bytes, 1) == Some(id.0)
+/// Does a footer stand at the beginning of `bytes`, of whatever section?
+pub(crate) fn is_any_footer(bytes: &[u8]) -> bool {
+    bytes.first() == Some(&FOOTER) && u32_at(bytes, 1).is_some()
 }
 
 enum Guess {

@@ -18,7 +18,8 @@ use std::collections::VecDeque;
 use std::io::{self, Read};
 
 use vmferry_stream::{
-    Command, Content, DecodeError, Decoder, Ending, Options, Record, Section, SectionKind, Step,
+    Command, Content, DecodeError, Decoder, Ending, Fault, Name, Options, Record, Section,
+    SectionId, SectionKind, Step,
 };
 use vmferry_vmstate::{DescriptionError, VmDescription};
 
@@ -126,6 +127,17 @@ pub enum WalkError {
         what: String,
         /// The maximum; see [`crate::limits`].
         max: usize,
+    },
+    /// What follows a device's section is there, and neither a footer nor the description says where
+    /// its body ends.
+    #[error("the end of section '{section}' ({id}) is not found (byte {offset}, device state)")]
+    EndNotFound {
+        /// Where its body starts.
+        offset: u64,
+        /// Its name.
+        section: Name,
+        /// Its id.
+        id: SectionId,
     },
     /// The input cannot be read.
     #[error("byte {offset}: {source}")]
@@ -274,7 +286,8 @@ impl<R: Read, V: Visitor> Walk<'_, R, V> {
 
     fn package(&mut self, bytes: u32) -> Result<(), WalkError> {
         let offset = self.source.offset();
-        let package = self.announced(bytes, HELD_BYTES_MAX, "a package")?;
+        let what = "a package";
+        let (package, is_whole) = self.announced(bytes, HELD_BYTES_MAX, what)?;
         told(self.visitor.package(offset))?;
         let mut nested = self.decoder.package();
         let mut slice = Slice {
@@ -286,16 +299,33 @@ impl<R: Read, V: Visitor> Walk<'_, R, V> {
             visitor: self.visitor,
         };
         // What is left behind an EOF or RUN is ignored.
-        if let Walked::Short(_) = slice.walk(0, None)? {
-            let ending = nested.finish_at(count(package.len()));
-            ending.map_err(|error| shifted(error, offset))?;
+        match slice.walk(0, None)? {
+            Walked::Quit(_) => {}
+            Walked::Short(_) => {
+                let ending = nested.finish_at(count(package.len()));
+                ending.map_err(|error| shifted(error, offset))?;
+            }
+            Walked::Open(section) if is_whole => {
+                return Err(WalkError::EndNotFound {
+                    offset: offset.saturating_add(nested.offset()),
+                    section: section.name,
+                    id: section.id,
+                });
+            }
+            Walked::Open(_) => return Err(cut_device(&nested, count(package.len()), offset)),
+        }
+        if !is_whole {
+            return self.truncated();
         }
         told(self.visitor.package_end(self.source.offset()))
     }
 
     fn description(&mut self, bytes: u32) -> Result<(), WalkError> {
         let offset = self.source.offset();
-        let text = self.announced(bytes, DESCRIPTION_BYTES_MAX, "the description")?;
+        let (text, is_whole) = self.announced(bytes, DESCRIPTION_BYTES_MAX, "the description")?;
+        if !is_whole {
+            return self.truncated();
+        }
         if let Described::NotYet = self.described {
             self.described = Described::Told;
             let parsed = VmDescription::parse(&text);
@@ -304,8 +334,13 @@ impl<R: Read, V: Visitor> Walk<'_, R, V> {
         Ok(())
     }
 
-    /// Take payload that the walk itself needs, as a whole.
-    fn announced(&mut self, bytes: u32, max: usize, what: &str) -> Result<Vec<u8>, WalkError> {
+    /// Take payload that the walk itself needs; whether it is all there.
+    fn announced(
+        &mut self,
+        bytes: u32,
+        max: usize,
+        what: &str,
+    ) -> Result<(Vec<u8>, bool), WalkError> {
         let length = usize::try_from(bytes).unwrap_or(usize::MAX);
         if length > max {
             return Err(self.too_long(what, max));
@@ -315,17 +350,11 @@ impl<R: Read, V: Visitor> Walk<'_, R, V> {
             let announced = self.decoder.step(self.source.window());
             debug_assert_eq!(announced, Ok(Step::Payload(bytes)));
         }
-        if !self.source.wait_for(length)? {
-            return self.truncated();
-        }
-        let taken = self
-            .source
-            .window()
-            .get(..length)
-            .unwrap_or_default()
-            .to_vec();
-        self.source.consume(length);
-        Ok(taken)
+        let is_whole = self.source.wait_for(length)?;
+        let window = self.source.window();
+        let taken = window.get(..length).unwrap_or(window).to_vec();
+        self.source.consume(taken.len());
+        Ok((taken, is_whole))
     }
 
     fn too_long(&self, what: &str, max: usize) -> WalkError {
@@ -426,6 +455,17 @@ impl<R: Read, V: Visitor> Walk<'_, R, V> {
         };
         let used = match slice.walk(base.saturating_sub(self.base), Some(first))? {
             Walked::Short(used) | Walked::Quit(used) => used,
+            Walked::Open(section) if lengths.is_some() => {
+                return Err(WalkError::EndNotFound {
+                    offset: self.base.saturating_add(self.decoder.offset()),
+                    section: section.name,
+                    id: section.id,
+                });
+            }
+            Walked::Open(_) => {
+                let end = self.source.offset_of_end().saturating_sub(self.base);
+                return Err(cut_device(&self.decoder, end, self.base));
+            }
         };
         self.source.consume(used);
         Ok(())
@@ -579,6 +619,8 @@ enum Walked {
     Short(usize),
     /// POSTCOPY_RUN ends a package; what follows is ignored.
     Quit(usize),
+    /// The end of this device's section is not there.
+    Open(Section),
 }
 
 impl<V: Visitor> Slice<'_, V> {
@@ -589,7 +631,7 @@ impl<V: Visitor> Slice<'_, V> {
         if let Some(section) = open {
             match self.device(section, at)? {
                 Some(bytes) => at = bytes,
-                None => return Ok(Walked::Short(0)),
+                None => return Ok(Walked::Open(section.clone())),
             }
         }
         loop {
@@ -613,12 +655,12 @@ impl<V: Visitor> Slice<'_, V> {
                     told(self.visitor.record(offset, &record))?;
                     // Its text has been told.
                     is_description = matches!(record, Record::Description { .. });
-                    match &record {
+                    match record {
                         Record::Command(Command::PostcopyRun) => return Ok(Walked::Quit(at)),
                         Record::Section(section) if section.content() == Content::Device => {
-                            match self.device(section, at)? {
+                            match self.device(&section, at)? {
                                 Some(bytes) => at = at.saturating_add(bytes),
-                                None => return Ok(Walked::Short(at)),
+                                None => return Ok(Walked::Open(section)),
                             }
                         }
                         _ => {}
@@ -653,8 +695,9 @@ impl<V: Visitor> Slice<'_, V> {
     }
 
     /// The description's word counts if there is a footer where it says, or none at all. Else the
-    /// footer's place counts; and if there is none, the description's word again: the decoder will
-    /// say what is there instead.
+    /// footer's place counts, better with something behind it that can follow; and if there is none,
+    /// the place before the next header, or the description's word again: the decoder will say what
+    /// is there instead.
     fn body_bytes(&mut self, section: &Section, rest: &[u8]) -> Option<(usize, Found)> {
         let guessed = self.found.pop_front();
         let footers = self.decoder.footers() != Some(false);
@@ -664,9 +707,13 @@ impl<V: Visitor> Slice<'_, V> {
         });
         let is_right = |length: usize| {
             let behind = rest.get(length..).unwrap_or_default();
-            !footers || scan::is_footer(section.id, behind)
+            !footers || scan::is_any_footer(behind)
         };
         if let Some(length) = described.filter(|length| is_right(*length)) {
+            if guessed != Some(length) {
+                // From here on the guesses were about something else.
+                self.found.clear();
+            }
             return Some((length, Found::ByDescription));
         }
         let wanted = Wanted {
@@ -677,7 +724,11 @@ impl<V: Visitor> Slice<'_, V> {
         };
         let found = guessed.or_else(|| match wanted.find(rest, 0) {
             End::At { body_bytes, .. } => Some(body_bytes),
-            End::NotYet { .. } => None,
+            End::NotYet { .. } => wanted.find_broken(rest),
+        });
+        let found = found.map(|length| {
+            let body = rest.get(..length).unwrap_or_default();
+            wanted.find_swallowed(body).unwrap_or(length)
         });
         match (found, described) {
             (Some(length), _) if footers => Some((length, Found::ByFooter)),
@@ -686,6 +737,20 @@ impl<V: Visitor> Slice<'_, V> {
             (None, None) => None,
         }
     }
+}
+
+/// The input ends at the decoder's byte `end`, inside the device that it has begun.
+fn cut_device(decoder: &Decoder, end: u64, base: u64) -> WalkError {
+    let fault = match decoder.finish_at(end) {
+        Err(error) => error.fault,
+        Ok(_) => Fault::Truncated("a device's section".into()),
+    };
+    let error = DecodeError {
+        offset: end,
+        field: "device state",
+        fault,
+    };
+    shifted(error, base)
 }
 
 fn told(answer: Result<(), VisitError>) -> Result<(), WalkError> {
