@@ -107,6 +107,12 @@ pub(crate) fn read_sparse(file: &File, at: u64, bytes: &mut [u8]) -> std::io::Re
     Ok(())
 }
 
+/// Only zeroes? Asked of what may become a hole.
+pub(crate) fn is_zero(bytes: &[u8]) -> bool {
+    let (words, rest) = bytes.as_chunks::<16>();
+    words.iter().all(|word| u128::from_ne_bytes(*word) == 0) && rest.iter().all(|byte| *byte == 0)
+}
+
 fn length(bytes: &[u8]) -> u64 {
     u64::try_from(bytes.len()).unwrap_or(u64::MAX)
 }

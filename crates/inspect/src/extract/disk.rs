@@ -9,7 +9,7 @@ use std::fs::File;
 use vmferry_stream::{BLOCK_BYTES, BlockChunk, Name, Record, Sector};
 use vmferry_vmstate::{DescriptionError, VmDescription};
 
-use super::canvas::Canvas;
+use super::canvas::{Canvas, is_zero};
 use super::error::ExtractError;
 use super::pages::{Page, Pages};
 use crate::container::Container;
@@ -19,6 +19,8 @@ use crate::walk::{Body, VisitError, Visitor};
 const MAX_NAMES: usize = 64;
 /// Unit in which is remembered what came: chunks need not be aligned, although QEMU's are.
 const SLOT_BITS: u32 = 20;
+/// Zeroes of this length in a chunk become a hole.
+const HOLE_BYTES: usize = 64 << 10;
 
 /// What became of a disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -183,12 +185,21 @@ impl DiskImage {
         self.incoming = None;
         let inside = usize::try_from(self.inside(start)).unwrap_or(whole);
         let chunk = self.chunk.get(..inside).unwrap_or(&self.chunk);
-        self.canvas.write(start, chunk)?;
+        if is_zero(chunk) {
+            return self.zero(start);
+        }
         let (first, last) = slots(start, self.inside(start));
+        let is_over_data = (first..=last).any(|slot| self.slots.get(slot) == Page::Data);
+        let mut at = start;
+        for part in chunk.chunks(HOLE_BYTES) {
+            if is_over_data || !is_zero(part) {
+                self.canvas.write(at, part)?;
+            }
+            at = at.saturating_add(u64::try_from(part.len()).unwrap_or(u64::MAX));
+        }
         for slot in first..=last {
             self.slots.set(slot, true, &mut self.regions);
         }
-        self.chunk.clear();
         Ok(())
     }
 }
@@ -387,6 +398,22 @@ mod tests {
         assert_eq!(metadata.len(), (1 << 40) + MIB);
         assert!(metadata.blocks() < 64);
         assert_eq!(report.zero_bytes, MIB);
+    }
+
+    #[test]
+    fn zeroes_that_came_as_data_are_holes_unless_data_was_there() {
+        let mut disk = Painter::new(None, None);
+        for start in (0..64).map(|chunk| chunk * MIB) {
+            disk.data("d", start, 0).unwrap();
+        }
+        disk.data("d", 5 * MIB, 1).unwrap();
+        disk.data("d", 6 * MIB, 1).unwrap();
+        disk.data("d", 6 * MIB, 0).unwrap();
+        let (bytes, file, report) = disk.finish();
+        assert!(bytes[5 << 20..6 << 20].iter().all(|byte| *byte == 1));
+        assert!(bytes[6 << 20..].iter().all(|byte| *byte == 0));
+        assert!(file.metadata().unwrap().blocks() * 512 <= 3 * MIB);
+        assert_eq!((report.data_bytes, report.zero_bytes), (MIB, 63 * MIB));
     }
 
     #[test]

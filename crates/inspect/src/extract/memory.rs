@@ -11,7 +11,7 @@ use std::io::Read;
 use vmferry_stream::{Command, DiscardRange, Name, PageBits, RamPage, RamRecord, Record, xbzrle};
 use vmferry_vmstate::{DescriptionError, VmDescription};
 
-use super::canvas::Canvas;
+use super::canvas::{Canvas, is_zero};
 use super::error::ExtractError;
 use super::pages::{Page, Pages};
 use crate::container::Container;
@@ -303,10 +303,15 @@ impl MemoryImage {
         let Some(place) = self.place(page)? else {
             return Ok(());
         };
-        if fill != 0 {
-            let bytes = usize::try_from(self.page_bits.bytes()).unwrap_or(0);
-            return self.paint(place, &vec![fill; bytes]);
+        if fill == 0 {
+            return self.blank(place);
         }
+        let bytes = usize::try_from(self.page_bits.bytes()).unwrap_or(0);
+        self.paint(place, &vec![fill; bytes])
+    }
+
+    /// The page is zero now.
+    fn blank(&mut self, place: Place) -> Result<(), ExtractError> {
         if self.state(place) == Page::Data {
             self.canvas
                 .zero(place.at, u64::from(self.page_bits.bytes()))?;
@@ -446,8 +451,7 @@ impl MemoryImage {
         if bits & 1 << (number & 7) != 0 {
             return self.paint(place, page);
         }
-        self.mark(place, false);
-        Ok(())
+        self.blank(place)
     }
 
     fn apply(&mut self, place: Place, kind: Encoding, payload: &[u8]) -> Result<(), ExtractError> {
@@ -481,6 +485,9 @@ impl MemoryImage {
     }
 
     fn paint(&mut self, place: Place, bytes: &[u8]) -> Result<(), ExtractError> {
+        if is_zero(bytes) {
+            return self.blank(place);
+        }
         self.canvas.write(place.at, bytes)?;
         self.mark(place, true);
         Ok(())

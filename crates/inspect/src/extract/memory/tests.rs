@@ -309,6 +309,21 @@ fn zeroes_stay_holes() {
 }
 
 #[test]
+fn zeroes_that_came_as_data_are_holes_unless_data_was_there() {
+    let mut memory = listed(Blocks::Only, &[("m", 1 << 10)]);
+    for number in 0..1 << 10 {
+        memory.page("m", number, 0).unwrap();
+    }
+    memory.page("m", 7, 1).unwrap();
+    memory.page("m", 7, 0).unwrap();
+    memory.page("m", 8, 1).unwrap();
+    let (bytes, file, images) = memory.finish();
+    assert_eq!(bytes.iter().filter(|byte| **byte != 0).count(), 4096);
+    assert!(file.metadata().unwrap().blocks() * 512 <= 1 << 18);
+    assert_eq!((images[0].data_bytes, images[0].absent_bytes), (PAGE, 0));
+}
+
+#[test]
 fn an_image_longer_than_a_file_is_refused() {
     let mut memory = listed(Blocks::All { start_bytes: 0 }, &[("a", 1)]);
     let long = RamRecord::Block {
