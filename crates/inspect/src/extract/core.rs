@@ -16,6 +16,8 @@ use crate::walk::{Body, VisitError, Visitor};
 
 /// Bytes of the processors' sections, which are kept until the description is known: 4000 of them.
 const MAX_KEPT_BYTES: usize = 16 << 20;
+/// Firmware of machine types before 2.0.
+const OLD_FIRMWARE_BYTES: u64 = 0x2_0000;
 /// The main memory's usual names.
 const MAIN_MEMORY: [&str; 2] = ["pc.ram", "microvm.ram"];
 
@@ -123,7 +125,7 @@ impl CoreImage {
         };
         let kind = match &self.machine {
             Some(machine) => MachineKind::of_machine(machine),
-            None => kept.kind(),
+            None => kept.kind(&blocks),
         };
         let plan = Plan {
             kind: kind.unwrap_or(MachineKind::Isapc),
@@ -301,16 +303,17 @@ impl Kepts<'_> {
         described().or_else(|| CpuState::from_body(kept.section.version, &kept.body))
     }
 
-    /// The kind of a machine without a name (types up to 2.3), by its chipset.
-    fn kind(&self) -> Option<MachineKind> {
-        let chipset = self
-            .kept
-            .iter()
-            .find(|kept| is_chipset(&kept.section.name))?;
-        Some(if chipset.section.name.ends_with("/mch") {
-            MachineKind::Q35
-        } else {
-            MachineKind::Pc
+    /// The kind of a machine without a name (types up to 2.3), by its chipset; and by the length of
+    /// its firmware, which doubled with 2.0.
+    fn kind(&self, blocks: &[BlockImage]) -> Option<MachineKind> {
+        let mut kept = self.kept.iter();
+        let chipset = kept.find(|kept| is_chipset(&kept.section.name))?;
+        let bios = blocks.iter().find(|block| block.name == "pc.bios");
+        let is_old = bios.is_some_and(|bios| bios.length_bytes == OLD_FIRMWARE_BYTES);
+        Some(match (chipset.section.name.ends_with("/mch"), is_old) {
+            (true, _) => MachineKind::Q35,
+            (false, true) => MachineKind::OldPc,
+            (false, false) => MachineKind::Pc,
         })
     }
 

@@ -44,7 +44,7 @@ pub struct PhysicalRange {
 pub enum MachineKind {
     /// `pc-i440fx-2.0` and newer.
     Pc,
-    /// `pc-i440fx-1.7` and older.
+    /// `pc-i440fx-1.7` and older, whose streams have no name of a machine.
     OldPc,
     /// `pc-q35-…`.
     Q35,
@@ -229,6 +229,13 @@ impl PhysicalMemory {
         }
         self.ranges.push(new);
         self.ranges.sort_by_key(|range| range.start);
+        self.ranges.dedup_by(|next, range| {
+            let joined = range.is_followed_by(next);
+            if joined {
+                range.bytes = range.bytes.saturating_add(next.bytes);
+            }
+            joined
+        });
     }
 
     /// The parts of `bytes` bytes at `start` that exist.
@@ -257,6 +264,10 @@ impl PhysicalMemory {
 impl PhysicalRange {
     fn end(&self) -> u64 {
         self.start.saturating_add(self.bytes)
+    }
+
+    fn is_followed_by(&self, next: &Self) -> bool {
+        self.end() == next.start && self.file_offset.saturating_add(self.bytes) == next.file_offset
     }
 
     /// The part before `end`.

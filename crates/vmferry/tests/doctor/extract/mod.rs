@@ -3,6 +3,7 @@
 mod disks;
 mod files;
 mod gdb;
+mod layout;
 mod memory;
 
 use std::path::{Path, PathBuf};
