@@ -161,8 +161,9 @@ impl CoreImage {
         }
         self.kept_bytes = self.kept_bytes.saturating_add(body.bytes.len());
         if self.kept_bytes > MAX_KEPT_BYTES {
-            return Err(ExtractError::TooLong {
-                what: "the state of all processors in memory".into(),
+            return Err(ExtractError::TooMuch {
+                what: "the state of all processors".into(),
+                max: u64::try_from(MAX_KEPT_BYTES).unwrap_or(u64::MAX),
             });
         }
         self.kept.push(Kept {
@@ -326,5 +327,66 @@ impl Kepts<'_> {
             .iter()
             .find(|kept| is_chipset(&kept.section.name))?;
         chipset.body.get(start..)?.first_chunk().copied()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vmferry_stream::{InstanceId, RamRecord, SectionId, SectionKind};
+
+    use super::*;
+    use crate::walk::Found;
+
+    fn image() -> CoreImage {
+        CoreImage::new(tempfile::tempfile().unwrap(), CoreOptions::default())
+    }
+
+    fn cpu(image: &mut CoreImage, version: u32, bytes: usize) -> Result<(), String> {
+        let section = Section {
+            kind: SectionKind::Full,
+            id: SectionId(7),
+            name: Name::new("cpu").unwrap(),
+            instance: InstanceId(0),
+            version,
+        };
+        let told = image.device(Body {
+            section: &section,
+            offset: 0,
+            bytes: &vec![0; bytes],
+            found: Found::ByFooter,
+        });
+        told.map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn the_state_of_processors_has_a_bound() {
+        let mut image = image();
+        assert!(cpu(&mut image, 12, MAX_KEPT_BYTES - 1).is_ok());
+        assert!(cpu(&mut image, 12, 1).is_ok());
+        assert_eq!(
+            cpu(&mut image, 12, 1).unwrap_err(),
+            "the state of all processors has more than 16777216 bytes, which is as much as is held"
+        );
+    }
+
+    #[test]
+    fn without_registers_addresses_are_physical() {
+        let mut image = image();
+        let block = RamRecord::Block {
+            name: Name::new("pc.ram").unwrap(),
+            used_bytes: 4096,
+            page_bytes: None,
+            guest_address: None,
+            mapped: None,
+        };
+        image.record(0, &Record::Ram(block)).unwrap();
+        // Another architecture's, and one that is too short.
+        cpu(&mut image, 22, 4096).unwrap();
+        cpu(&mut image, 12, 100).unwrap();
+        let (_, report) = image.finish().unwrap();
+        let why = WhyPhysical::UnknownRegisters;
+        assert_eq!(report.addresses, Addresses::Physical(why));
+        assert_eq!((report.cpu_sections, report.cpus.len()), (2, 0));
+        assert_eq!((report.kind, report.pieces), (None, 1));
     }
 }

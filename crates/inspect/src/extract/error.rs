@@ -89,6 +89,14 @@ pub enum ExtractError {
         /// RAM block, disk or image.
         what: String,
     },
+    /// Something that has to be held is too long.
+    #[error("{what} has more than {max} bytes, which is as much as is held")]
+    TooMuch {
+        /// What it is.
+        what: String,
+        /// The maximum.
+        max: u64,
+    },
     /// The file that is written failed.
     #[error("cannot {verb} the output: {source}")]
     Output {

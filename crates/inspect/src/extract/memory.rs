@@ -352,8 +352,9 @@ impl MemoryImage {
             return Ok(());
         }
         if bytes > MAX_BITMAP_BYTES {
-            return Err(ExtractError::TooLong {
-                what: format!("the bitmap of RAM block '{block}' ({bytes} bytes) in memory"),
+            return Err(ExtractError::TooMuch {
+                what: format!("the bitmap of RAM block '{block}'"),
+                max: MAX_BITMAP_BYTES.into(),
             });
         }
         self.incoming = Incoming::Bitmap;

@@ -222,3 +222,22 @@ fn isolation_is_left_only_where_it_is() {
     assert!(!space.isolated);
     assert_eq!(space.pieces.len(), 2);
 }
+
+/// Tables without end that map nothing.
+#[test]
+fn only_so_many_tables_are_read() {
+    let guest = Guest::long_mode(0x1000);
+    for (table, next) in [(0x1000, 0x2000), (0x2000, 0x3000)] {
+        for index in 0..512 {
+            guest.entry(table, index, next | P);
+        }
+    }
+    // 1 + 512 + 512 * 512 tables.
+    assert!(guest.space().cut_short);
+    for index in 508..512 {
+        guest.entry(0x1000, index, 0);
+    }
+    // 1 + 508 + 508 * 512 tables.
+    let space = guest.space();
+    assert!(!space.cut_short && space.pieces.is_empty());
+}

@@ -123,19 +123,26 @@ impl Job<'_> {
 
     fn broken(&self, error: &WalkError) -> Failure {
         match error {
-            WalkError::Visitor(cause) => match cause.downcast_ref() {
-                Some(error) => self.failed(error),
-                None => Failure::new(Exit::Failed, error),
-            },
+            WalkError::Visitor(cause) => {
+                let failure = match cause.downcast_ref() {
+                    Some(error) => self.failed(error),
+                    None => Failure::new(Exit::Failed, error),
+                };
+                self.with_way_out(failure, error)
+            }
             error if !is_stream(error) => self.files.file.unreadable(error),
             _ => {
                 let failure = Failure::new(Exit::Failed, format!("{}: {error}", self.files.file));
-                if self.files.partial {
-                    return failure;
-                }
-                failure.hint("--partial keeps what was before that")
+                self.with_way_out(failure, error)
             }
         }
+    }
+
+    fn with_way_out(&self, failure: Failure, error: &WalkError) -> Failure {
+        if self.files.partial || !leaves_something(error) {
+            return failure;
+        }
+        failure.hint("--partial keeps what was before that")
     }
 
     fn failed(&self, error: &ExtractError) -> Failure {

@@ -272,6 +272,14 @@ fn address_notes(core: &CoreReport) -> Vec<String> {
 }
 
 fn core_object(core: &CoreReport) -> Value {
+    let (isolated, cut_short) = match core.addresses {
+        Addresses::Virtual {
+            isolated,
+            cut_short,
+            ..
+        } => (isolated, cut_short),
+        Addresses::Physical(_) => (false, false),
+    };
     let (addresses, why) = match core.addresses {
         Addresses::Virtual { .. } => ("virtual", None),
         Addresses::Physical(WhyPhysical::UnknownRegisters) => {
@@ -295,6 +303,8 @@ fn core_object(core: &CoreReport) -> Value {
         "processors": core.cpus.len(),
         "addresses": addresses,
         "why-physical": why,
+        "kernel-tables-taken": isolated,
+        "page-tables-cut-short": cut_short,
         "segments": core.pieces,
         "unplaced": core.unplaced.iter().map(vmferry_stream::Name::as_str).collect::<Vec<_>>(),
         "blocks": core.blocks.iter().map(block_object).collect::<Vec<_>>(),
