@@ -185,14 +185,20 @@ impl Comparison {
     }
 
     fn devices(&mut self, first: &Report, second: &Report) {
-        fn named(report: &Report) -> BTreeMap<(String, u32), &DeviceReport> {
-            let devices = report.devices.iter().map(|device| {
+        /// By name, instance, and which of several sections of both: some devices have that.
+        fn named(report: &Report) -> BTreeMap<(String, u32, u32), &DeviceReport> {
+            let mut named = BTreeMap::new();
+            for device in &report.devices {
                 let section = &device.section;
-                ((section.name.to_string(), section.instance.0), device)
-            });
-            devices.collect()
+                let mut key = (section.name.to_string(), section.instance.0, 0_u32);
+                while named.contains_key(&key) {
+                    key.2 = key.2.saturating_add(1);
+                }
+                named.insert(key, device);
+            }
+            named
         }
-        for ((name, instance), pair) in pairs(named(first), named(second)) {
+        for ((name, instance, _), pair) in pairs(named(first), named(second)) {
             if name == CLOCK_SECTION && !self.options.clocks {
                 continue;
             }
