@@ -169,7 +169,7 @@ pub struct BlockerId(u64);
 /// Nothing can be saved, or loaded, now.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Blocked {
-    /// A device's description says that it cannot be migrated.
+    /// The description of a device, or of a part of it, says that it cannot be migrated.
     #[error("device '{device}' instance {} cannot be migrated", instance.0)]
     Device {
         /// Its section's name.
@@ -566,7 +566,7 @@ impl<'a> Entry<'a> {
     }
 
     fn is_unmigratable(&self) -> bool {
-        self.description().is_some_and(|it| it.unmigratable)
+        self.description().is_some_and(is_unmigratable)
     }
 
     /// A live section that is only saved here cannot receive.
@@ -582,6 +582,15 @@ impl<'a> Entry<'a> {
             .is_some_and(|(name, instance)| *name == section.name && *instance == section.instance);
         receives && (is_own || is_compat)
     }
+}
+
+/// Is there a part, a struct or a subsection, that cannot be migrated?
+fn is_unmigratable(description: &Description) -> bool {
+    let structs = description.fields.iter();
+    let mut parts = structs
+        .filter_map(|field| field.inner.as_ref())
+        .chain(&description.subsections);
+    description.unmigratable || parts.any(is_unmigratable)
 }
 
 fn full_name(path: Option<&str>, name: &str) -> String {

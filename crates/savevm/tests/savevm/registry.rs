@@ -7,6 +7,7 @@ use vmferry_savevm::{
     Registration, Registry, SaveError, begin, save_device_state,
 };
 use vmferry_stream::{Blame, Footers, InstanceId, SectionId};
+use vmferry_vmstate::{Count, Description, Field};
 
 use crate::parts::{
     Bytes, Log, TAIL, ToyState, head, instance, load, loader, lock, name, old_toy, scripted, state,
@@ -278,6 +279,54 @@ fn an_unmigratable_device_blocks_both_directions_by_name() {
     }
     registry.unregister(Some("0:5"), "ivshmem");
     begin(&Opening::default(), &mut registry, &mut sink).expect("it is gone");
+}
+
+/// Its state cannot be sent, wherever in the device it is.
+#[test]
+fn an_unmigratable_part_blocks_its_device() {
+    let part = |unmigratable| Description {
+        name: "toy/part".into(),
+        version: 1,
+        minimum_version: 1,
+        unmigratable,
+        fields: Vec::new(),
+        subsections: Vec::new(),
+    };
+    let of_struct = |inner| Field {
+        name: "part".into(),
+        type_name: "struct".into(),
+        since: 0,
+        conditional: true,
+        count: Count::Variable,
+        element_bytes: None,
+        inner: Some(inner),
+    };
+    let owner = |fields, subsections| Description {
+        fields,
+        subsections,
+        ..part(false)
+    };
+    for unmigratable in [true, false] {
+        for description in [
+            owner(vec![of_struct(part(unmigratable))], vec![]),
+            owner(vec![], vec![part(false), part(unmigratable)]),
+            owner(
+                vec![],
+                vec![owner(vec![of_struct(part(unmigratable))], vec![])],
+            ),
+        ] {
+            let mut device = toy(&state(b""));
+            device.description = Some(description);
+            let mut registry = Registry::new();
+            let device = Registration::device("nic", device).at("0:5");
+            registry.register(device).expect("free");
+            for checked in [registry.check_saving(), registry.check_loading()] {
+                let error = checked.err().map(|error| error.to_string());
+                let words = "device '0:5/nic' instance 0 cannot be migrated";
+                assert_eq!(error.as_deref(), unmigratable.then_some(words));
+            }
+        }
+    }
 }
 
 #[test]
