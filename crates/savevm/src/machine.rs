@@ -133,9 +133,12 @@ impl Machine {
     /// The configuration section of a stream from here.
     #[must_use]
     pub fn configuration(&self) -> Configuration {
-        let checked = |name: &&Name| CHECKED.contains(&name.as_str());
-        let on = self.capabilities.iter().flatten();
-        let capabilities: Vec<_> = on.filter(checked).cloned().collect();
+        // In QEMU's order, whatever theirs.
+        let checked = CHECKED.iter().filter_map(|checked| {
+            let mut on = self.capabilities.iter().flatten();
+            on.find(|name| *name == checked).cloned()
+        });
+        let capabilities: Vec<_> = checked.collect();
         Configuration {
             machine: self.name.clone(),
             page_bits: (self.page_bits != self.smallest_page_bits).then_some(self.page_bits),
@@ -198,22 +201,18 @@ impl Machine {
 pub(crate) fn saved(configuration: &Configuration) -> SavedState {
     let name = configuration.machine.as_bytes();
     let fields = vec![
-        field("len", "uint32", Shape::One, length(name.len())),
-        field("name", "buffer", Shape::One, name.to_vec()),
+        field("len", "uint32", length(name.len())),
+        field("name", "buffer", name.to_vec()),
     ];
     let page_bits = configuration.page_bits.map(|bits| {
         let bits = bits.bits().to_be_bytes().to_vec();
-        let bits = field("target_page_bits", "uint32", Shape::One, bits);
+        let bits = field("target_page_bits", "uint32", bits);
         state("configuration/target-page-bits", vec![bits])
     });
     let capabilities = configuration.capabilities.as_deref().map(capabilities);
     let uuid = configuration.uuid.map(|uuid| {
-        let mut data = field("uuid.data", "uint8", Shape::Array, uuid.to_vec());
-        data.content = Content::Plain {
-            count: 16,
-            bytes: uuid.to_vec(),
-        };
-        state("configuration/uuid", vec![data])
+        let data = field("uuid.data", "uint8", uuid.to_vec());
+        state("configuration/uuid", vec![array(data, uuid.len())])
     });
     SavedState {
         subsections: [page_bits, capabilities, uuid]
@@ -224,28 +223,18 @@ pub(crate) fn saved(configuration: &Configuration) -> SavedState {
     }
 }
 
-/// Names have lengths of their own, so that each is described by itself.
 fn capabilities(names: &[Name]) -> SavedState {
-    let last = names.len().saturating_sub(1);
-    let mut fields = vec![field(
-        "caps_count",
-        "uint32",
-        Shape::One,
-        length(names.len()),
-    )];
-    for (index, name) in names.iter().enumerate() {
-        let shape = match last {
-            0 => Shape::One,
-            _ => Shape::Element {
-                index: u32::try_from(index).unwrap_or(u32::MAX),
-                last: index == last,
-            },
-        };
-        let mut bytes = vec![u8::try_from(name.len()).unwrap_or(u8::MAX)];
+    let mut bytes = Vec::new();
+    for name in names {
+        bytes.push(u8::try_from(name.len()).unwrap_or(u8::MAX));
         bytes.extend(name.bytes());
-        fields.push(field("capabilities", "capability", shape, bytes));
     }
-    state("configuration/capabilities", fields)
+    let count = field("caps_count", "uint32", length(names.len()));
+    let all = field("capabilities", "capability", bytes);
+    state(
+        "configuration/capabilities",
+        vec![count, array(all, names.len())],
+    )
 }
 
 fn state(name: &str, fields: Vec<SavedField>) -> SavedState {
@@ -257,13 +246,22 @@ fn state(name: &str, fields: Vec<SavedField>) -> SavedState {
     }
 }
 
-fn field(name: &str, kind: &'static str, shape: Shape, bytes: Vec<u8>) -> SavedField {
+fn field(name: &str, kind: &'static str, bytes: Vec<u8>) -> SavedField {
     SavedField {
         name: name.into(),
         kind: FieldType::named(kind),
-        shape,
+        shape: Shape::One,
         content: Content::plain(bytes),
     }
+}
+
+/// The same bytes as so many elements; one alone is described as a single value.
+fn array(mut field: SavedField, elements: usize) -> SavedField {
+    if let (Content::Plain { count, .. }, 0 | 2..) = (&mut field.content, elements) {
+        *count = u32::try_from(elements).unwrap_or(u32::MAX);
+        field.shape = Shape::Array;
+    }
+    field
 }
 
 fn length(count: usize) -> Vec<u8> {

@@ -74,7 +74,8 @@ pub enum Content {
     Plain {
         /// Number of elements: 1 unless the shape is an array.
         count: u32,
-        /// Their bytes, a multiple of `count`.
+        /// Their bytes: a multiple of `count`, unless elements of the type say their own length
+        /// ([`FieldType::CAPABILITY`]).
         bytes: Vec<u8>,
     },
     /// One struct, or the structs of an array (`struct`, `vstruct`, `tmp`).
@@ -123,6 +124,9 @@ impl FieldType {
     pub const NULLPTR: Self = Self::named("nullptr");
     /// Bytes without a length.
     pub const BUFFER: Self = Self::named("buffer");
+    /// The name of a capability: a byte with its length, and so many bytes. The only type whose
+    /// elements differ in length although one describes them all.
+    pub const CAPABILITY: Self = Self::named("capability");
 
     /// A type whose name is known when compiling.
     #[must_use]
@@ -240,16 +244,37 @@ impl SavedState {
 impl SavedField {
     /// The elements of a plain field, in order; none for structs, lists and trees.
     pub fn values(&self) -> impl Iterator<Item = Value<'_>> {
-        let (count, bytes): (u32, &[u8]) = match &self.content {
+        self.elements().map(|element| self.kind.value(element))
+    }
+
+    /// Bytes on the wire of its first element.
+    #[must_use]
+    pub fn element_bytes(&self) -> usize {
+        match &self.content {
+            Content::Plain { .. } => self.elements().next().map_or(0, <[u8]>::len),
+            Content::Structs(states) => states.first().map_or(0, SavedState::wire_bytes),
+            list @ (Content::List(_) | Content::Tree(_)) => list.wire_bytes(),
+        }
+    }
+
+    fn elements(&self) -> impl Iterator<Item = &[u8]> {
+        let (count, mut rest): (u32, &[u8]) = match &self.content {
             Content::Plain { count, bytes } => (*count, bytes),
             _ => (0, &[]),
         };
         let count = usize::try_from(count).unwrap_or(usize::MAX);
-        let size = bytes.len().checked_div(count).unwrap_or(0);
-        (0..count).map(move |k| {
-            let start = k.saturating_mul(size);
-            let element = bytes.get(start..start.saturating_add(size));
-            self.kind.value(element.unwrap_or_default())
+        let size = rest.len().checked_div(count).unwrap_or(0);
+        (0..count).map(move |_| {
+            let length = match (&self.kind, rest.first()) {
+                (kind, Some(&length)) if *kind == FieldType::CAPABILITY => {
+                    usize::from(length).saturating_add(1)
+                }
+                _ => size,
+            };
+            let split = rest.split_at_checked(length);
+            let (element, after) = split.unwrap_or((rest, &[]));
+            rest = after;
+            element
         })
     }
 }
@@ -271,19 +296,6 @@ impl Content {
             Self::Plain { count, .. } => *count,
             Self::Structs(states) => u32::try_from(states.len()).unwrap_or(u32::MAX),
             Self::List(_) | Self::Tree(_) => 1,
-        }
-    }
-
-    /// Bytes on the wire of its first element.
-    #[must_use]
-    pub fn element_bytes(&self) -> usize {
-        match self {
-            Self::Plain { count, bytes } => {
-                let count = usize::try_from(*count).unwrap_or(usize::MAX);
-                bytes.len().checked_div(count).unwrap_or(0)
-            }
-            Self::Structs(states) => states.first().map_or(0, SavedState::wire_bytes),
-            Self::List(_) | Self::Tree(_) => self.wire_bytes(),
         }
     }
 

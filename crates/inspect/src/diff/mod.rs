@@ -321,7 +321,7 @@ impl Comparison {
         else {
             return;
         };
-        let size = first.content.element_bytes().max(1);
+        let size = first.element_bytes().max(1);
         let pairs = one.chunks(size).zip(other.chunks(size)).enumerate();
         let differ: Vec<_> = pairs.filter(|(_, (one, other))| one != other).collect();
         for (k, (one, other)) in differ.iter().take(ELEMENTS_MAX) {

@@ -2,7 +2,7 @@
 
 use crate::layout::{BodyLayout, DeviceLayout, FieldLayout, StateLayout};
 use crate::saved::{
-    Content, ELEMENT, LIST_END, SUBSECTION, SavedBody, SavedField, SavedState, Shape,
+    Content, ELEMENT, FieldType, LIST_END, SUBSECTION, SavedBody, SavedField, SavedState, Shape,
 };
 
 /// Fields, structs and list elements of one body. A machine's largest device has some thousands; a
@@ -222,12 +222,30 @@ impl<'a> Input<'a> {
         if layout.element_bytes == 0 && layout.count > 1 {
             return Err(here(self, BodyFault::TooManyParts));
         }
-        let bytes = layout.element_bytes.saturating_mul(u64::from(layout.count));
-        let bytes = self.take(bytes).map_err(|fault| here(self, fault))?;
+        let bytes = match layout.kind == FieldType::CAPABILITY {
+            true => self.capabilities(layout),
+            false => self.take(layout.element_bytes.saturating_mul(u64::from(layout.count))),
+        };
+        let bytes = bytes.map_err(|fault| here(self, fault))?;
         Ok(Content::Plain {
             count: layout.count,
             bytes: bytes.to_vec(),
         })
+    }
+
+    /// Names that say their own length; that of the first is described.
+    fn capabilities(&mut self, layout: &FieldLayout) -> Result<&'a [u8], BodyFault> {
+        let all = self.rest;
+        for k in 0..layout.count {
+            let [length] = self.array()?;
+            self.take(u64::from(length))?;
+            let (described, parts) = (layout.element_bytes, u64::from(length).saturating_add(1));
+            if k == 0 && parts != described {
+                return Err(BodyFault::Size { described, parts });
+            }
+        }
+        let used = all.len().saturating_sub(self.rest.len());
+        Ok(all.get(..used).unwrap_or_default())
     }
 
     fn structs(

@@ -81,7 +81,8 @@ pub struct FieldLayout {
     pub shape: Shape,
     /// Number of elements: 1 unless the shape is an array.
     pub count: u32,
-    /// Bytes of one element, inner structs and subsections included.
+    /// Bytes of one element, inner structs and subsections included; of the first, if they say their
+    /// own lengths ([`FieldType::CAPABILITY`]).
     pub element_bytes: u64,
     /// Layouts inside: one for a struct, one for each element of a list, for each value of a tree,
     /// or for each key and each value of it in turn.
@@ -109,7 +110,8 @@ impl DeviceLayout {
 }
 
 impl StateLayout {
-    /// Bytes of all fields and subsections.
+    /// Bytes of all fields and subsections. An array whose elements say their own lengths is counted
+    /// as if all had that of the first: nothing else is described.
     #[must_use]
     pub fn wire_bytes(&self) -> u64 {
         let fields = self

@@ -196,7 +196,7 @@ impl Serialize for Written<'_, SavedField> {
                 }
             }
         }
-        map.serialize_entry("size", &field.content.element_bytes())?;
+        map.serialize_entry("size", &field.element_bytes())?;
         map.end()
     }
 }
