@@ -77,7 +77,7 @@ pub use decoder::{Decoder, Expect, Footers, Options, Record, Step};
 pub use dirty_bitmap::{BitmapFlags, BitmapRecord};
 pub use error::{Blame, DecodeError, Fault, MappedBound};
 pub use mapped_ram::MappedBlock;
-pub use names::{InstanceId, Name, NameTooLong, PageBits, SectionId};
+pub use names::{InstanceId, Name, NameTooLong, PageBits, SectionId, Shown};
 pub use ram::{RamPage, RamRecord};
 pub use section::{Content, Section, SectionKind};
 pub use tail::{Ending, Tail};

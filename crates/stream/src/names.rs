@@ -100,15 +100,26 @@ impl fmt::Debug for Name {
     }
 }
 
-/// On one line of a terminal or a log: what would move a cursor, end a line or reorder text is shown
-/// as an escape, everything else as it is. [`Name::as_str`] is the name itself.
+/// As [`Shown`]; [`Name::as_str`] is the name itself.
 impl fmt::Display for Name {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if !self.contains(is_unsafe_to_show) {
-            return f.pad(self);
+        Shown(self).fmt(f)
+    }
+}
+
+/// Text of a peer or a file, for one line of a terminal or a log: what would move a cursor, end a line
+/// or reorder text is shown as an escape, everything else as it is. Width and precision are those of
+/// what is shown.
+#[derive(Clone, Copy, Debug)]
+pub struct Shown<'a>(pub &'a str);
+
+impl fmt::Display for Shown<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if !self.0.contains(is_unsafe_to_show) {
+            return f.pad(self.0);
         }
         let mut shown = String::new();
-        for character in self.chars() {
+        for character in self.0.chars() {
             if is_unsafe_to_show(character) {
                 shown.extend(character.escape_default());
             } else {

@@ -145,9 +145,11 @@ impl From<io::Error> for Failure {
 
 /// A message of a peer may hold anything; a terminal gets one line without control characters.
 pub(crate) fn one_line(text: &str) -> String {
-    text.chars()
+    let text: String = text
+        .chars()
         .map(|c| if c.is_control() { ' ' } else { c })
-        .collect()
+        .collect();
+    vmferry_stream::Shown(&text).to_string()
 }
 
 #[cfg(test)]

@@ -167,7 +167,7 @@ pub use layout::{
     FieldLayout, StateLayout, VmDescription,
 };
 pub use loader::Loader;
-pub use saved::{Content, FieldType, SavedBody, SavedField, SavedState, Shape, Value};
+pub use saved::{Content, FieldType, Node, Part, SavedBody, SavedField, SavedState, Shape, Value};
 #[doc(hidden)]
 pub use state::is_subsection_of;
 pub use state::{View, VmState};

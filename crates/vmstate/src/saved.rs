@@ -15,6 +15,10 @@ pub(crate) const SUBSECTION: u8 = 0x05;
 pub(crate) const ELEMENT: u8 = 1;
 /// Behind the last element of a list or tree.
 pub(crate) const LIST_END: u8 = 0;
+/// Type byte, length byte and version of a subsection; its name comes on top.
+pub(crate) const SUBSECTION_HEADER_BYTES: usize = 6;
+/// Longer arrays of bytes are buffers to a reader.
+const BYTE_ARRAY_MAX: u32 = 32;
 
 /// What the body of a device's section holds.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -89,6 +93,28 @@ pub enum Content {
 /// QEMU's name of a field's type.
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub struct FieldType(Cow<'static, str>);
+
+/// A piece of a [`SavedState`], with the place of its first byte.
+#[derive(Clone, Copy, Debug)]
+pub enum Part<'a> {
+    /// A field.
+    Field(u64, &'a SavedField),
+    /// A subsection; the place is that of its fields, behind its header.
+    Subsection(u64, &'a SavedState),
+}
+
+/// A node of a tree, with the places of its key and its value.
+#[derive(Clone, Copy, Debug)]
+pub struct Node<'a> {
+    /// Where the key starts.
+    pub key_at: u64,
+    /// The key.
+    pub key: &'a Content,
+    /// Where the value starts.
+    pub value_at: u64,
+    /// The value.
+    pub value: &'a SavedState,
+}
 
 /// A value of plain bytes, by its type.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -222,10 +248,35 @@ impl SavedState {
     pub fn wire_bytes(&self) -> usize {
         let fields = self.fields.iter().map(|field| field.content.wire_bytes());
         let subsections = self.subsections.iter().map(|state| {
-            let header = state.name.len().saturating_add(6);
+            let header = state.subsection_header_bytes();
             header.saturating_add(state.wire_bytes())
         });
         fields.chain(subsections).fold(0, usize::saturating_add)
+    }
+
+    /// Fields and subsections in wire order, with their places, for a state that starts at `start`.
+    pub fn parts(&self, start: u64) -> impl Iterator<Item = Part<'_>> {
+        let mut at = start;
+        let fields = self.fields.iter().map(Err);
+        let subsections = self.subsections.iter().map(Ok);
+        fields.chain(subsections).map(move |part| match part {
+            Err(field) => {
+                let here = at;
+                at = at.saturating_add(count(field.content.wire_bytes()));
+                Part::Field(here, field)
+            }
+            Ok(state) => {
+                let here = at.saturating_add(count(state.subsection_header_bytes()));
+                at = here.saturating_add(count(state.wire_bytes()));
+                Part::Subsection(here, state)
+            }
+        })
+    }
+
+    /// Bytes in front of the fields, if it is a subsection: type, name with its length, version.
+    #[must_use]
+    pub fn subsection_header_bytes(&self) -> usize {
+        self.name.len().saturating_add(SUBSECTION_HEADER_BYTES)
     }
 
     /// The field of that name, the first of several.
@@ -279,7 +330,63 @@ impl SavedField {
     }
 }
 
+impl SavedField {
+    /// Is it bytes to a reader, rather than numbers? Then it may hold what a guest has written: a
+    /// buffer, an opaque format, a long array of single bytes.
+    #[must_use]
+    pub fn holds_bytes(&self) -> bool {
+        let Content::Plain { count, bytes } = &self.content else {
+            return false;
+        };
+        match self.kind.as_str() {
+            "uint8" | "int8" => *count > BYTE_ARRAY_MAX,
+            "bool" => bytes.len() > 1 && *count == 1,
+            _ => self
+                .values()
+                .next()
+                .is_none_or(|value| matches!(value, Value::Bytes(_))),
+        }
+    }
+}
+
 impl Content {
+    /// The structs of a field, or the elements of a list, with their places, for a field that starts
+    /// at `start`.
+    pub fn states(&self, start: u64) -> impl Iterator<Item = (u64, &SavedState)> {
+        let (states, mark) = match self {
+            Self::Structs(states) => (states.as_slice(), 0),
+            Self::List(states) => (states.as_slice(), 1),
+            Self::Plain { .. } | Self::Tree(_) => (&[][..], 0),
+        };
+        let mut at = start;
+        states.iter().map(move |state| {
+            let here = at.saturating_add(mark);
+            at = here.saturating_add(count(state.wire_bytes()));
+            (here, state)
+        })
+    }
+
+    /// The nodes of a tree, with their places, for a field that starts at `start`.
+    pub fn nodes(&self, start: u64) -> impl Iterator<Item = Node<'_>> {
+        let nodes = match self {
+            Self::Tree(nodes) => nodes.as_slice(),
+            _ => &[],
+        };
+        // The number of nodes comes first.
+        let mut at = start.saturating_add(4);
+        nodes.iter().map(move |(key, value)| {
+            let key_at = at.saturating_add(1);
+            let value_at = key_at.saturating_add(count(key.wire_bytes()));
+            at = value_at.saturating_add(count(value.wire_bytes()));
+            Node {
+                key_at,
+                key,
+                value_at,
+                value,
+            }
+        })
+    }
+
     /// A single plain value.
     #[must_use]
     pub fn plain(bytes: impl Into<Vec<u8>>) -> Self {
@@ -345,6 +452,10 @@ impl Content {
             }
         }
     }
+}
+
+fn count(bytes: usize) -> u64 {
+    u64::try_from(bytes).unwrap_or(u64::MAX)
 }
 
 impl fmt::Debug for FieldType {

@@ -17,7 +17,7 @@ mod write;
 
 use std::sync::Arc;
 
-use crate::saved::{FieldType, Shape};
+use crate::saved::{FieldType, SUBSECTION_HEADER_BYTES, Shape};
 
 pub use decode::{BodyError, BodyFault};
 pub use read::DescriptionError;
@@ -119,13 +119,10 @@ impl StateLayout {
             .iter()
             .map(|field| field.element_bytes.saturating_mul(u64::from(field.count)));
         let subsections = self.subsections.iter().map(|state| {
-            let name = u64::try_from(state.name.len()).unwrap_or(u64::MAX);
-            name.saturating_add(SUBSECTION_HEADER_BYTES)
-                .saturating_add(state.wire_bytes())
+            let header = state.name.len().saturating_add(SUBSECTION_HEADER_BYTES);
+            let header = u64::try_from(header).unwrap_or(u64::MAX);
+            header.saturating_add(state.wire_bytes())
         });
         fields.chain(subsections).fold(0, u64::saturating_add)
     }
 }
-
-/// Type byte, length byte, version.
-const SUBSECTION_HEADER_BYTES: u64 = 6;
