@@ -4,7 +4,7 @@
 //!              idstr                 instance  alias   owner
 //!   priority 9 pci.0/pcie-root-port  0                 device      described
 //!            0 ram                   0                 live        saves, loads
-//!            0 0000:00:01.0/serial   0         2 ≥ v3  device      described   also: serial 1
+//!            0 0000:00:01.0/serial   0         2       device      described   also: serial 1, serial 2
 //!            0 slirp                 0                 device      old-style
 //! ```
 //!
@@ -44,7 +44,8 @@ pub struct Registry<'a> {
 pub struct Entry<'a> {
     idstr: Name,
     instance: InstanceId,
-    alias: Option<Alias>,
+    /// A second instance number, accepted when loading.
+    alias: Option<InstanceId>,
     /// Name without the path, by which older versions know it, and its own count.
     compat: Option<(Name, InstanceId)>,
     versions: RangeInclusive<u32>,
@@ -63,13 +64,6 @@ pub(crate) enum State<'a> {
     },
     /// A device.
     Device(Box<dyn Device + 'a>),
-}
-
-/// A second instance number that is accepted when loading.
-#[derive(Clone, Copy, Debug)]
-struct Alias {
-    instance: InstanceId,
-    since_version: u32,
 }
 
 /// A section to be registered.
@@ -95,7 +89,8 @@ pub struct Registration<'a> {
     name: String,
     path: Option<String>,
     instance: Option<InstanceId>,
-    alias: Option<Alias>,
+    /// With the version that requires it.
+    alias: Option<(InstanceId, u32)>,
     versions: Option<RangeInclusive<u32>>,
     priority: Priority,
     early: bool,
@@ -121,14 +116,14 @@ pub enum RegisterError {
     },
     /// An alias for streams that are too old to be read at all.
     #[error(
-        "section '{idstr}': alias from version {since_version} on, but version {minimum} is the \
-         lowest that is read"
+        "section '{idstr}': its alias is required for version {required_for}, but version \
+         {minimum} is the lowest that is read"
     )]
     AliasTooOld {
         /// Its name.
         idstr: Name,
-        /// First version of the alias.
-        since_version: u32,
+        /// Version that requires the alias.
+        required_for: u32,
         /// Lowest version that is read.
         minimum: u32,
     },
@@ -202,12 +197,12 @@ impl<'a> Registry<'a> {
         let idstr = registration.idstr()?;
         let versions = registration.versions(&idstr)?;
         registration.check_name(&idstr)?;
-        if let Some(alias) = registration.alias
-            && alias.since_version < *versions.start()
+        if let Some((_, required_for)) = registration.alias
+            && required_for < *versions.start()
         {
             return Err(RegisterError::AliasTooOld {
                 idstr,
-                since_version: alias.since_version,
+                required_for,
                 minimum: *versions.start(),
             });
         }
@@ -218,7 +213,7 @@ impl<'a> Registry<'a> {
         let entry = Entry {
             idstr,
             instance,
-            alias: registration.alias,
+            alias: registration.alias.map(|(instance, _)| instance),
             compat,
             versions,
             section_id,
@@ -419,12 +414,10 @@ impl<'a> Registration<'a> {
         self
     }
 
-    /// Accept this instance number too when loading, in sections of that version or a higher one.
-    pub fn alias(mut self, instance: InstanceId, since_version: u32) -> Self {
-        self.alias = Some(Alias {
-            instance,
-            since_version,
-        });
+    /// Accept this instance number too when loading, with the path and without it. It is there for
+    /// streams of that version, which must be one that is read; others may use it as well.
+    pub fn alias(mut self, instance: InstanceId, required_for_version: u32) -> Self {
+        self.alias = Some((instance, required_for_version));
         self
     }
 
@@ -572,14 +565,11 @@ impl<'a> Entry<'a> {
     /// A live section that is only saved here cannot receive.
     fn answers_to(&self, section: &Section) -> bool {
         let receives = !matches!(self.state, State::Live { load: None, .. });
-        let is_alias = self.alias.is_some_and(|alias| {
-            alias.instance == section.instance && section.version >= alias.since_version
-        });
+        let is_alias = self.alias == Some(section.instance);
         let is_own = self.idstr == section.name && (self.instance == section.instance || is_alias);
-        let is_compat = self
-            .compat
-            .as_ref()
-            .is_some_and(|(name, instance)| *name == section.name && *instance == section.instance);
+        let is_compat = self.compat.as_ref().is_some_and(|(name, instance)| {
+            *name == section.name && (*instance == section.instance || is_alias)
+        });
         receives && (is_own || is_compat)
     }
 }

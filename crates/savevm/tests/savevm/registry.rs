@@ -161,24 +161,42 @@ fn a_device_on_a_bus_answers_to_two_names() {
     }
 }
 
+/// In every version that is read, and under the name without the path too: what requires the alias
+/// matters when registering alone.
 #[test]
-fn an_alias_holds_from_its_version_on() {
-    let it = state(b"");
+fn an_alias_is_a_second_instance_of_each_name() {
+    let (rtc, nic) = (state(b""), state(b""));
     let mut registry = Registry::new();
-    let device = Registration::device("rtc", toy(&it)).alias(InstanceId(3), 2);
+    let device = Registration::device("rtc", toy(&rtc)).alias(InstanceId(3), 2);
     registry.register(device).expect("free");
-    arrives(&mut registry, "rtc", 3, 2, Some(&it));
-    arrives(&mut registry, "rtc", 3, 1, None);
-    arrives(&mut registry, "rtc", 0, 1, Some(&it));
-    arrives(&mut registry, "rtc", 2, 2, None);
-    for (since, accepted) in [(0, false), (1, true)] {
-        let device = Registration::device("pit", toy(&it)).alias(InstanceId(3), since);
+    let device = Registration::device("nic", toy(&nic)).at("0:4");
+    let device = device.instance(InstanceId(1)).alias(InstanceId(0x70), 2);
+    registry.register(device).expect("free");
+    for (idstr, number, found) in [
+        ("rtc", 0, Some(&rtc)),
+        ("rtc", 3, Some(&rtc)),
+        ("rtc", 2, None),
+        ("0:4/nic", 0, Some(&nic)),
+        ("0:4/nic", 0x70, Some(&nic)),
+        ("nic", 1, Some(&nic)),
+        ("nic", 0x70, Some(&nic)),
+        ("nic", 0, None),
+        ("0:4/nic", 1, None),
+        ("0:3/nic", 0x70, None),
+    ] {
+        for version in [1, 2] {
+            arrives(&mut registry, idstr, number, version, found);
+        }
+    }
+    for (required_for, accepted) in [(0, false), (1, true)] {
+        let device = Registration::device("pit", toy(&rtc)).alias(InstanceId(3), required_for);
         let registered = registry.register(device);
         assert_eq!(registered.is_ok(), accepted);
         if let Err(error) = registered {
             assert_eq!(
                 error.to_string(),
-                "section 'pit': alias from version 0 on, but version 1 is the lowest that is read"
+                "section 'pit': its alias is required for version 0, but version 1 is the lowest \
+                 that is read"
             );
         }
     }
