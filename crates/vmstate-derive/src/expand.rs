@@ -233,7 +233,7 @@ fn check(field: &Described<'_>, entry: &Entry, owner: &Owner) -> Option<TokenStr
 fn check_subsection(ty: &Type, owner: &Owner) -> TokenStream {
     let name = &owner.name;
     let text = format!(
-        "the name of a subsection must begin with `{}/`",
+        "the name of a subsection must begin with its owner's and go on, such as `{}/more`",
         name.value()
     );
     quote_spanned! {ty.span()=>

@@ -5,7 +5,7 @@ use std::borrow::Cow;
 /// Fields and subsections of a device, a struct or a subsection.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Description {
-    /// QEMU's `vmsd_name`. A subsection's name begins with its owner's name and a slash.
+    /// QEMU's `vmsd_name`. A subsection's begins with its owner's, and is longer.
     pub name: Cow<'static, str>,
     /// Version that is written, and the highest that is read.
     pub version: u32,

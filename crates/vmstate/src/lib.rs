@@ -64,7 +64,7 @@
 //!
 //! | attribute | meaning |
 //! |---|---|
-//! | `name = ".."` | QEMU's `vmsd_name`; a subsection's begins with its owner's name and a slash |
+//! | `name = ".."` | QEMU's `vmsd_name`; a subsection's begins with its owner's, and goes on, mostly with a slash |
 //! | `version = 3` | what is written, and the highest that is read |
 //! | `minimum_version = 2` | the lowest that is read; without it, only `version` |
 //! | `needed = Self::f` | `fn(&Self) -> bool`: is there anything to send? For devices and subsections |

@@ -125,7 +125,7 @@ pub trait View<Owner>: VmState + Default {
     fn put(self, owner: &mut Owner, version: u32) -> Result<(), BoxError>;
 }
 
-/// Does a subsection's name begin with its owner's and a slash? The derive asks while compiling.
+/// Does a subsection's name begin with its owner's, and go on? The derive asks while compiling.
 #[doc(hidden)]
 #[must_use]
 pub const fn is_subsection_of(name: &str, owner: &str) -> bool {
@@ -137,5 +137,5 @@ pub const fn is_subsection_of(name: &str, owner: &str) -> bool {
         }
         owner = rest;
     }
-    matches!(name, [b'/', _, ..])
+    !name.is_empty()
 }

@@ -649,7 +649,7 @@ struct Innermost {
 }
 
 #[derive(Clone, Debug, Default, PartialEq, VmState)]
-#[vmstate(name = "a/bc", version = 1)]
+#[vmstate(name = "a/d", version = 1)]
 struct Sibling {
     #[vmstate(uint8)]
     value: u8,
@@ -673,7 +673,7 @@ fn subsections_have_subsections_and_repeated_names_are_numbered() {
         ..Outermost::default()
     };
     let bytes =
-        b"\x01\x03\x05\x03a/b\0\0\0\x01\x05\x05a/b/c\0\0\0\x01\x04\x05\x04a/bc\0\0\0\x01\x05";
+        b"\x01\x03\x05\x03a/b\0\0\0\x01\x05\x05a/b/c\0\0\0\x01\x04\x05\x03a/d\0\0\0\x01\x05";
     let mut loaded = Outermost::default();
     let mut stream = bytes.to_vec();
     stream.extend(b"\x7e\0\0\0\0");

@@ -334,7 +334,7 @@ fn subsections_may_be_absent_or_in_another_order_but_not_unknown() {
         device.decode(2, &body(&[b"\x05\x05other"])).unwrap().used,
         3
     );
-    for other in [&b"\x05\x06outers"[..], b"\x05\xffoux"] {
+    for other in [&b"\x05\x05outer"[..], b"\x05\xffoux"] {
         assert_eq!(device.decode(2, &body(&[other])).unwrap().used, 3);
     }
     assert!(matches!(

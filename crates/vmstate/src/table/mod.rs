@@ -521,14 +521,14 @@ impl<T: 'static> Table<T> {
             return missing();
         };
         // A value may begin with the same byte: the name tells, as far as it can be seen.
-        let owner = self.description.name.bytes().chain([b'/']);
+        let owner = self.description.name.as_bytes();
         let length = usize::from(*length);
         let there = length.min(loader.remaining().saturating_sub(2));
         let Some([_, _, name @ ..]) = loader.peek(there.saturating_add(2)) else {
             return missing();
         };
-        let differs = owner.clone().zip(name).any(|(owner, name)| owner != *name);
-        if differs || length < owner.count() {
+        let differs = owner.iter().zip(name).any(|(owner, name)| owner != name);
+        if differs || length <= owner.len() {
             return Ok(None);
         }
         if there < length {
