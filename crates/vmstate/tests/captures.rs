@@ -125,3 +125,26 @@ fn every_device_of_every_capture() {
     println!("{streams} streams, {devices} devices, {fields} fields at the top");
     assert!(streams >= 30, "{streams}");
 }
+
+/// The description of another stream may lack a subsection that this one has.
+#[test]
+fn a_subsection_that_is_not_described_is_named() {
+    let layout = "{\"page_size\": 4096, \"devices\": [{\"name\": \"d\", \"instance_id\": 0, \
+                  \"vmsd_name\": \"d\", \"version\": 1, \"fields\": \
+                  [{\"name\": \"f\", \"type\": \"uint8\", \"size\": 1}]}]}";
+    let described = VmDescription::parse(layout.as_bytes()).unwrap();
+    let layout = described.device("d", 0).unwrap();
+    let broken = |body: &[u8]| layout.decode(body).unwrap_err().to_string();
+    assert_eq!(
+        broken(b"\x07\x05\x05d/sub\0\0\0\x01\xff"),
+        "byte 1 of the device, field 'd': subsection 'd/sub' instead of none"
+    );
+    for other in [
+        &b"\x07\x05\x05e/sub"[..],
+        b"\x07\x05\x05d/s",
+        b"\x07\x05",
+        b"\x07\x06",
+    ] {
+        assert!(broken(other).contains("bytes more than described"));
+    }
+}

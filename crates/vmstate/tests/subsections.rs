@@ -4,7 +4,7 @@ mod sections;
 
 use std::sync::{Arc, Mutex};
 
-use sections::round_trip;
+use sections::{capture, round_trip};
 use vmferry_vmstate::{Device, DeviceError, Loader, VmState};
 
 /// The keyboard controller of a PC.
@@ -82,6 +82,15 @@ fn a_keyboard_controller_with_a_closed_gate() {
     } = keyboard.kbd;
     assert_eq!((write_cmd, status, mode, pending), (0, 0x18, 3, 0));
     assert_eq!(outport.outport, 0xcd);
+
+    // Mostly there is nothing to say about the gate.
+    let open = round_trip(
+        &capture("pc-100"),
+        "pc-100",
+        "pckbd",
+        IsaKeyboard::default(),
+    );
+    assert_eq!(open.kbd.outport.outport, 0);
 }
 
 /// Names of QEMU's, owner and subsection.
