@@ -4,6 +4,7 @@ use crate::layout::{BodyLayout, DeviceLayout, FieldLayout, StateLayout};
 use crate::saved::{
     Content, ELEMENT, FieldType, LIST_END, SUBSECTION, SavedBody, SavedField, SavedState, Shape,
 };
+use crate::state::is_subsection_of;
 
 /// Fields, structs and list elements of one body. A machine's largest device has some thousands; a
 /// description that multiplies a few bytes into more is refused.
@@ -123,6 +124,7 @@ impl StateLayout {
         let mut input = Input::new(body);
         let mut state = self.empty();
         let read = input.state(self, &mut state);
+        let read = read.and_then(|()| input.no_more_subsections(&self.name));
         let error = read.and_then(|()| input.finish(&self.name)).err();
         (state, error)
     }
@@ -355,6 +357,22 @@ impl<'a> Input<'a> {
             });
         }
         Ok(())
+    }
+
+    /// What stands behind the last field may be a subsection that the description of another stream
+    /// does not have.
+    fn no_more_subsections(&self, name: &str) -> Result<(), BodyError> {
+        let Some((&[SUBSECTION, length], rest)) = self.rest.split_first_chunk() else {
+            return Ok(());
+        };
+        let found = rest.get(..usize::from(length)).map(str::from_utf8);
+        match found {
+            Some(Ok(found)) if is_subsection_of(found, name) => {
+                let (found, expected) = (format!("'{}'", found.escape_debug()), "none".to_owned());
+                Err(self.error(name, BodyFault::Subsection { found, expected }))
+            }
+            _ => Ok(()),
+        }
     }
 
     fn marker(&mut self, what: &'static str, expected: u8) -> Result<(), BodyError> {
