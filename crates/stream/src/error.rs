@@ -160,7 +160,7 @@ pub enum Fault {
     #[error("the name of the record before is meant, but there is none")]
     NoPreviousName,
     /// A name is not text.
-    #[error("name is not UTF-8: {}", .0.escape_ascii())]
+    #[error("name of {} bytes is not UTF-8: {}", .0.len(), beginning(.0))]
     NotUtf8(Vec<u8>),
     /// A length or count above what is accepted.
     #[error("{value} is over the maximum of {max}")]
@@ -240,4 +240,11 @@ pub enum Fault {
         /// Its length.
         length: u16,
     },
+}
+
+/// The printable beginning of what should be a name: a damaged length lets guest memory into it.
+fn beginning(name: &[u8]) -> String {
+    let printable = name.iter().take_while(|byte| byte.is_ascii_graphic());
+    let shown: String = printable.take(32).map(|byte| char::from(*byte)).collect();
+    format!("'{shown}…'")
 }

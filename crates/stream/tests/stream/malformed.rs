@@ -245,7 +245,7 @@ fn names() {
     assert_eq!(error.fault, Fault::NotUtf8(b"d\xff0".to_vec()));
     assert_eq!(
         error.to_string(),
-        "name is not UTF-8: d\\xff0 (byte 45, device name)"
+        "name of 3 bytes is not UTF-8: 'd…' (byte 45, device name)"
     );
 }
 
