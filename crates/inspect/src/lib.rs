@@ -17,6 +17,7 @@
 mod container;
 pub mod diff;
 mod extract;
+mod layouts;
 pub mod limits;
 mod report;
 mod scan;

@@ -24,6 +24,7 @@ use vmferry_stream::{
 use vmferry_vmstate::{DescriptionError, VmDescription};
 
 use crate::container::{self, Container, ContainerError};
+use crate::layouts::Layouts;
 use crate::limits::{DESCRIPTION_BYTES_MAX, HELD_BYTES_MAX};
 use crate::scan::{self, End, Next, Wanted};
 use crate::source::Source;
@@ -66,7 +67,7 @@ pub trait Visitor {
     /// Ends the walk.
     fn package_end(&mut self, offset: u64) -> Result<(), VisitError>;
 
-    /// The body of a device's section, which starts at byte `offset`.
+    /// The body of a device's section; what there is of it, if the input ends inside ([`Found::Cut`]).
     ///
     /// # Errors
     /// Ends the walk.
@@ -107,6 +108,8 @@ pub enum Found {
     ByFooter,
     /// By what follows it: the stream has no footers.
     ByNextHeader,
+    /// It is not there: the input ends inside the body.
+    Cut,
 }
 
 /// A stream could not be walked through to its end.
@@ -312,7 +315,16 @@ impl<R: Read, V: Visitor> Walk<'_, R, V> {
                     id: section.id,
                 });
             }
-            Walked::Open(_) => return Err(cut_device(&nested, count(package.len()), offset)),
+            Walked::Open(section) => {
+                let start = usize::try_from(nested.offset()).unwrap_or(usize::MAX);
+                told(self.visitor.device(Body {
+                    section: &section,
+                    offset: offset.saturating_add(nested.offset()),
+                    bytes: package.get(start..).unwrap_or_default(),
+                    found: Found::Cut,
+                }))?;
+                return Err(cut_device(&nested, count(package.len()), offset));
+            }
         }
         if !is_whole {
             return self.truncated();
@@ -449,7 +461,9 @@ impl<R: Read, V: Visitor> Walk<'_, R, V> {
             decoder: &mut self.decoder,
             bytes: devices,
             base: self.base,
-            described: lengths.as_ref(),
+            described: lengths
+                .as_ref()
+                .map(|lengths| (lengths, Layouts::of(lengths))),
             found: search.found,
             visitor: self.visitor,
         };
@@ -462,7 +476,15 @@ impl<R: Read, V: Visitor> Walk<'_, R, V> {
                     id: section.id,
                 });
             }
-            Walked::Open(_) => {
+            Walked::Open(section) => {
+                let offset = self.base.saturating_add(self.decoder.offset());
+                let start = usize::try_from(offset.saturating_sub(base)).unwrap_or(usize::MAX);
+                told(self.visitor.device(Body {
+                    section: &section,
+                    offset,
+                    bytes: self.source.window().get(start..).unwrap_or_default(),
+                    found: Found::Cut,
+                }))?;
                 let end = self.source.offset_of_end().saturating_sub(self.base);
                 return Err(cut_device(&self.decoder, end, self.base));
             }
@@ -607,7 +629,7 @@ struct Slice<'a, V> {
     bytes: &'a [u8],
     /// Where the decoder's first byte stands in the input.
     base: u64,
-    described: Option<&'a VmDescription>,
+    described: Option<(&'a VmDescription, Layouts<'a>)>,
     /// Lengths of the first bodies, as they were guessed.
     found: VecDeque<usize>,
     visitor: &'a mut V,
@@ -701,8 +723,8 @@ impl<V: Visitor> Slice<'_, V> {
     fn body_bytes(&mut self, section: &Section, rest: &[u8]) -> Option<(usize, Found)> {
         let guessed = self.found.pop_front();
         let footers = self.decoder.footers() != Some(false);
-        let described = self.described.and_then(|described| {
-            let layout = described.device(&section.name, section.instance.0)?;
+        let described = self.described.as_mut().and_then(|(description, layouts)| {
+            let layout = description.devices.get(layouts.next(section)?)?;
             usize::try_from(layout.wire_bytes()).ok()
         });
         let is_right = |length: usize| {

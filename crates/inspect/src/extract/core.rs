@@ -12,7 +12,7 @@ use super::memory::{BlockImage, Blocks, MemoryImage};
 use super::paging::{self, AddressSpace, Piece};
 use super::physical::{MachineKind, PhysicalMemory, Plan};
 use crate::container::Container;
-use crate::walk::{Body, VisitError, Visitor};
+use crate::walk::{Body, Found, VisitError, Visitor};
 
 /// Bytes of the processors' sections, which are kept until the description is known: 4000 of them.
 const MAX_KEPT_BYTES: usize = 16 << 20;
@@ -199,6 +199,9 @@ impl Visitor for CoreImage {
     }
 
     fn device(&mut self, body: Body<'_>) -> Result<(), VisitError> {
+        if body.found == Found::Cut {
+            return Ok(());
+        }
         Ok(self.keep(body)?)
     }
 

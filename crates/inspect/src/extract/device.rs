@@ -5,7 +5,7 @@ use vmferry_vmstate::{DescriptionError, VmDescription};
 
 use super::error::ExtractError;
 use crate::container::Container;
-use crate::walk::{Body, VisitError, Visitor};
+use crate::walk::{Body, Found, VisitError, Visitor};
 
 /// Devices that are remembered for a list of choices.
 const MAX_CHOICES: usize = 512;
@@ -96,6 +96,9 @@ impl Visitor for DeviceBody {
     }
 
     fn device(&mut self, body: Body<'_>) -> Result<(), VisitError> {
+        if body.found == Found::Cut {
+            return Ok(());
+        }
         let section = body.section;
         let exact = format!("{}/{}", section.name.as_str(), section.instance.0);
         let is_wanted = match &self.wanted {

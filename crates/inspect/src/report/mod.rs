@@ -14,6 +14,7 @@ use vmferry_stream::{Configuration, Ending, Section, SectionId};
 use vmferry_vmstate::{BodyError, DeviceLayout, SavedBody, VmDescription};
 
 use crate::container::Container;
+use crate::layouts::Layouts;
 use crate::walk::{Finish, Found, WalkError, walk};
 
 pub use contents::{BitmapSummary, DiskSummary};
@@ -119,6 +120,8 @@ pub struct DeviceReport {
     pub body: Option<Vec<u8>>,
     /// How the body's end was found.
     pub found: Found,
+    /// Its place in the description, if it is described.
+    pub described_as: Option<usize>,
 }
 
 /// What a device's body holds.
@@ -157,6 +160,7 @@ impl Report {
     /// Decode devices by this description, if the stream has none.
     pub fn describe_by(&mut self, description: VmDescription) {
         if self.description_is == DescriptionSource::Nowhere {
+            place_in_description(&mut self.devices, &description);
             self.description = Some(description);
             self.description_is = DescriptionSource::Elsewhere;
         }
@@ -165,9 +169,8 @@ impl Report {
     /// The layout of a device, if it is described.
     #[must_use]
     pub fn layout(&self, device: &DeviceReport) -> Option<&DeviceLayout> {
-        let section = &device.section;
         let description = self.description.as_ref()?;
-        description.device(&section.name, section.instance.0)
+        description.devices.get(device.described_as?)
     }
 
     /// What a device's body holds.
@@ -225,5 +228,13 @@ impl Report {
     #[must_use]
     pub fn device_of(&self, id: SectionId) -> Option<&DeviceReport> {
         self.devices.iter().find(|device| device.section.id == id)
+    }
+}
+
+/// Find each device of a stream in a description.
+fn place_in_description(devices: &mut [DeviceReport], description: &VmDescription) {
+    let mut layouts = Layouts::of(description);
+    for device in devices {
+        device.described_as = layouts.next(&device.section);
     }
 }

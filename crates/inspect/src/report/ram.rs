@@ -7,6 +7,9 @@ use vmferry_stream::{Name, PageBits, RamPage, RamRecord, xbzrle};
 
 use crate::limits::SEEN_PAGES_MAX;
 
+/// Letters of an unknown name that are shown.
+const NAME_SHOWN_MAX: usize = 32;
+
 /// Guest memory in a stream.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RamSummary {
@@ -268,8 +271,26 @@ impl RamTally {
             return Ok(self.last);
         }
         let place = self.summary.blocks.iter().position(is_it);
-        self.last = place.ok_or_else(|| format!("RAM block '{name}' is not in the block list"))?;
+        self.last = place.ok_or_else(|| {
+            let name = name_before_memory(name);
+            format!("RAM block '{name}' is not in the block list")
+        })?;
         Ok(self.last)
+    }
+}
+
+/// As much of an unknown name as is shown. A damaged length lets guest memory into it, which begins
+/// where the name of a block would not go on, or is what makes it so long.
+fn name_before_memory(name: &str) -> String {
+    let is_of_names = |c: &char| c.is_ascii_alphanumeric() || "/.@:-_".contains(*c);
+    let shown: String = name
+        .chars()
+        .take(NAME_SHOWN_MAX)
+        .take_while(is_of_names)
+        .collect();
+    match name.len().saturating_sub(shown.len()) {
+        0 => shown,
+        more => format!("{shown}… and {more} bytes"),
     }
 }
 

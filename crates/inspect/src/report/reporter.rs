@@ -5,7 +5,9 @@ use vmferry_vmstate::{BodyLayout, DescriptionError, VmDescription};
 
 use super::contents::{Bitmaps, Disks};
 use super::ram::RamTally;
-use super::{DescriptionSource, DeviceReport, Item, ItemKind, Problem, Report};
+use super::{
+    DescriptionSource, DeviceReport, Item, ItemKind, Problem, Report, place_in_description,
+};
 use crate::container::Container;
 use crate::limits::{HELD_BYTES_MAX, PROBLEMS_MAX, REPORT_ITEMS_MAX, REPORT_NAMES_MAX};
 use crate::walk::{Body, Finish, VisitError, Visitor, WalkError};
@@ -112,9 +114,11 @@ impl Reporter {
         let Some(description) = self.description.take() else {
             return;
         };
+        place_in_description(&mut self.devices, &description);
         let wrong = self.devices.iter().filter_map(|device| {
             let section = &device.section;
-            let Some(layout) = description.device(&section.name, section.instance.0) else {
+            let layout = device.described_as;
+            let Some(layout) = layout.and_then(|place| description.devices.get(place)) else {
                 let text = "the description does not have this device".to_owned();
                 return Some((device.offset, section.clone(), text));
             };
@@ -301,6 +305,7 @@ impl Visitor for Reporter {
             bytes: u64::try_from(body.bytes.len()).unwrap_or(u64::MAX),
             body: kept.map(|_| body.bytes.to_vec()),
             found: body.found,
+            described_as: None,
         });
         Ok(())
     }
