@@ -2,7 +2,7 @@
 
 use std::io::Write;
 
-use vmferry_inspect::{DeviceState, Report, WalkError};
+use vmferry_inspect::{DeviceState, Found, Report, WalkError};
 use vmferry_stream::Fault;
 use vmferry_vmstate::VmDescription;
 
@@ -12,6 +12,7 @@ use crate::flags::{InspectFlags, device_glob};
 use crate::output;
 use crate::render;
 use crate::render::inspect::Shown;
+use crate::render::name;
 use crate::render::style::Palette;
 
 pub(crate) fn run(flags: &InspectFlags) -> Result<Exit, Failure> {
@@ -44,7 +45,12 @@ pub(crate) fn read(file: &StreamFile) -> Result<Report, Failure> {
         Err(WalkError::Read { source, .. }) if report.items.is_empty() => {
             Err(file.unreadable(source))
         }
+        Err(WalkError::Stream(error)) if error.offset == 0 && is_cut(&error.fault) => {
+            Err(file.unreadable("it is empty"))
+        }
         Err(WalkError::Stream(error)) if is_no_stream(&error.fault) => Err(file.unreadable(error)),
+        // Not even a header.
+        Err(WalkError::Stream(error)) if report.items.is_empty() => Err(file.unreadable(error)),
         _ => Ok(report),
     }
 }
@@ -54,6 +60,10 @@ fn is_no_stream(fault: &Fault) -> bool {
         fault,
         Fault::BadMagic(_) | Fault::ObsoleteVersion | Fault::UnsupportedVersion(_)
     )
+}
+
+fn is_cut(fault: &Fault) -> bool {
+    matches!(fault, Fault::Truncated(_))
 }
 
 /// The description of another stream, or its text in a file.
@@ -77,7 +87,12 @@ fn description_of(file: &StreamFile) -> Result<VmDescription, Failure> {
 /// Everything was shown; is it whole?
 fn verdict(file: &StreamFile, report: &Report, shown: &Shown) -> Result<Exit, Failure> {
     if let Err(error) = &report.end {
-        return Err(broken(file, error));
+        let field = match cut_field(report) {
+            Some(field) => format!(", in field '{field}'"),
+            None => String::new(),
+        };
+        let error = name::message(&error.to_string());
+        return Err(broken(file, format!("{error}{field}")));
     }
     let wrong = report
         .devices
@@ -90,15 +105,21 @@ fn verdict(file: &StreamFile, report: &Report, shown: &Shown) -> Result<Exit, Fa
         let place = device.offset.saturating_add(error.offset as u64);
         let what = format!(
             "device section '{}' is not laid out as described: {} (byte {place}, {})",
-            device.section.name, error.fault, error.field
+            name::shown(&device.section.name),
+            error.fault,
+            error.field
         );
         return Err(broken(file, what));
     }
     if let Some(problem) = report.problems.first() {
-        let section = &problem.section;
+        let section = match problem.section.as_str() {
+            "" => String::new(),
+            section => format!(", section '{}'", name::shown(section)),
+        };
         let what = format!(
-            "{} (byte {}, section '{section}')",
-            problem.text, problem.offset
+            "{} (byte {}{section})",
+            name::message(&problem.text),
+            problem.offset
         );
         return Err(broken(file, what));
     }
@@ -111,6 +132,15 @@ fn verdict(file: &StreamFile, report: &Report, shown: &Shown) -> Result<Exit, Fa
         return Err(broken(file, "no device section has such a name"));
     }
     Ok(Exit::Whole)
+}
+
+/// The field in which a stream ends, if its last device is described by another stream.
+fn cut_field(report: &Report) -> Option<String> {
+    let last = report.devices.last()?;
+    match (last.found, report.state(last)) {
+        (Found::Cut, DeviceState::Broken(_, error)) => Some(error.field),
+        _ => None,
+    }
 }
 
 fn broken(file: &StreamFile, what: impl std::fmt::Display) -> Failure {

@@ -10,7 +10,7 @@ use vmferry_stream::{Configuration, Ending, Section, SectionKind};
 use vmferry_vmstate::{Content, SavedBody, SavedField, SavedState, Shape};
 
 use super::style::Palette;
-use super::{bytes, count, value};
+use super::{bytes, count, name, value};
 use crate::flags::device_glob::{self, DeviceGlob};
 
 /// Names of fields get no more room than this.
@@ -62,7 +62,7 @@ struct Tree<'a, W> {
 impl<W: Write> Tree<'_, W> {
     fn title(&mut self) -> io::Result<()> {
         let machine = self.report.machine().filter(|machine| !machine.is_empty());
-        let machine = machine.unwrap_or("a machine without a name").escape_debug();
+        let machine = machine.map_or("a machine without a name".into(), name::shown);
         write!(self.out, "{}", self.palette.name(machine))?;
         match &self.report.end {
             Ok(finish) => {
@@ -170,7 +170,7 @@ impl<W: Write> Tree<'_, W> {
             SectionKind::End => "END  ",
             SectionKind::Full => "FULL ",
         };
-        let name = self.palette.name(&section.name);
+        let name = self.palette.name(name::shown(&section.name));
         let (instance, id) = (section.instance.0, section.id.0);
         write!(
             self.out,
@@ -242,7 +242,7 @@ impl<W: Write> Tree<'_, W> {
 
     /// Print fields and subsections; where they end.
     fn state(&mut self, state: &SavedState, offset: u64, depth: usize) -> io::Result<u64> {
-        let names: Vec<_> = state.fields.iter().map(name).collect();
+        let names: Vec<_> = state.fields.iter().map(field_name).collect();
         let widths = names.iter().map(|name| name.chars().count());
         let width = widths.max().unwrap_or(0).min(NAME_WIDTH_MAX);
         let mut at = offset;
@@ -342,7 +342,10 @@ impl<W: Write> Tree<'_, W> {
         let blocks = count(ram.blocks.len() as u64, "block");
         let title = format!("guest memory: {} in {blocks}", bytes(ram.total_bytes));
         writeln!(self.out, "\n{title}")?;
-        let longest = ram.blocks.iter().map(|block| block.name.to_string().len());
+        let longest = ram
+            .blocks
+            .iter()
+            .map(|block| name::shown(&block.name).len());
         let width = longest.max().unwrap_or(0).max(5);
         writeln!(
             self.out,
@@ -352,7 +355,7 @@ impl<W: Write> Tree<'_, W> {
         for block in &ram.blocks {
             let name = self
                 .palette
-                .name(format!("{:width$}", block.name.to_string()));
+                .name(format!("{:width$}", name::shown(&block.name)));
             writeln!(self.out, "  {name} {}", ram_line(block))?;
         }
         match ram.multifd_flushes {
@@ -370,7 +373,7 @@ impl<W: Write> Tree<'_, W> {
             writeln!(
                 self.out,
                 "\ndisk '{}': {} of data, {} of zeroes, reaching {}",
-                self.palette.name(&disk.name),
+                self.palette.name(name::shown(&disk.name)),
                 count(disk.data_chunks, "chunk"),
                 disk.zero_chunks,
                 bytes(disk.end_bytes)
@@ -394,8 +397,8 @@ impl<W: Write> Tree<'_, W> {
             writeln!(
                 self.out,
                 "\nbitmap '{}' of '{}': {granularity} a bit, {} set{end}",
-                self.palette.name(&bitmap.name),
-                bitmap.node,
+                self.palette.name(name::shown(&bitmap.name)),
+                name::shown(&bitmap.node),
                 count(bitmap.bits_set, "bit"),
             )?;
         }
@@ -410,9 +413,10 @@ impl<W: Write> Tree<'_, W> {
         for problem in &self.report.problems {
             let section = match problem.section.as_str() {
                 "" => String::new(),
-                section => format!(", section '{section}'"),
+                section => format!(", section '{}'", name::shown(section)),
             };
-            let text = format!("byte {}{section}: {}", problem.offset, problem.text);
+            let text = name::message(&problem.text);
+            let text = format!("byte {}{section}: {text}", problem.offset);
             writeln!(self.out, "\n{} {text}", self.palette.bad("problem:"))?;
         }
         match self.report.problems_left_out {
@@ -455,7 +459,11 @@ pub(crate) fn notes(report: &Report) -> Vec<String> {
             )),
         }
     }
-    if report.end.as_ref().is_ok_and(|finish| finish.is_followed) {
+    let ended = report.end.as_ref().ok();
+    if ended.is_some() && found(Found::ByNextHeader) > 0 && report.description.is_none() {
+        notes.push("whether the last device section is whole cannot be told".into());
+    }
+    if ended.is_some_and(|finish| finish.is_followed) {
         notes.push("more input follows the end of the stream".into());
     }
     notes
@@ -465,7 +473,7 @@ fn configuration(configuration: Option<&Configuration>) -> String {
     let Some(configuration) = configuration else {
         return String::new();
     };
-    let mut parts = vec![format!("machine '{}'", configuration.machine)];
+    let mut parts = vec![format!("machine '{}'", name::shown(&configuration.machine))];
     if let Some(bits) = configuration.page_bits {
         parts.push(format!("page bits {}", bits.bits()));
     }
@@ -515,7 +523,7 @@ fn ram_line(block: &RamBlockSummary) -> String {
 }
 
 /// Name of a field, with its place in its array or the array's length.
-fn name(field: &SavedField) -> String {
+fn field_name(field: &SavedField) -> String {
     let name = field.name.escape_debug();
     match field.shape {
         Shape::One => name.to_string(),

@@ -8,6 +8,7 @@ use vmferry_stream::{Section, SectionKind};
 use vmferry_vmstate::{Content, SavedBody, SavedField, SavedState, Shape};
 
 use super::inspect::{Shown, notes};
+use super::name;
 use super::value;
 use crate::flags::device_glob;
 
@@ -27,7 +28,7 @@ pub(crate) fn object(report: &Report, shown: &Shown) -> Json {
     let mut put = |key: &str, value: Json| {
         object.insert(key.to_owned(), value);
     };
-    put("machine", json!(report.machine()));
+    put("machine", json!(report.machine().map(name::shown)));
     put("run_state", json!(report.run_state()));
     put("container", container(report));
     put("start", json!(report.start));
@@ -35,7 +36,7 @@ pub(crate) fn object(report: &Report, shown: &Shown) -> Json {
     put("complete", json!(report.end.is_ok()));
     match &report.end {
         Ok(finish) => put("bytes", json!(finish.bytes)),
-        Err(error) => put("error", json!(error.to_string())),
+        Err(error) => put("error", json!(name::message(&error.to_string()))),
     }
     put(
         "description",
@@ -57,7 +58,11 @@ pub(crate) fn object(report: &Report, shown: &Shown) -> Json {
     put("bitmaps", bitmaps(report));
     put("notes", json!(notes(report)));
     let problems = report.problems.iter().map(|problem| {
-        json!({ "offset": problem.offset, "section": problem.section, "problem": problem.text })
+        json!({
+            "offset": problem.offset,
+            "section": name::shown(&problem.section),
+            "problem": name::message(&problem.text),
+        })
     });
     put("problems", problems.collect());
     put("problems_left_out", json!(report.problems_left_out));
@@ -83,7 +88,7 @@ fn configuration(report: &Report) -> Json {
         .map_or(Json::Null, |configuration| {
             let capabilities = configuration.capabilities.as_ref();
             json!({
-                "machine": configuration.machine.as_str(),
+                "machine": name::shown(&configuration.machine),
                 "page_bits": configuration.page_bits.map(vmferry_stream::PageBits::bits),
                 "capabilities": capabilities.map(|names| {
                     names.iter().map(vmferry_stream::Name::as_str).collect::<Vec<_>>()
@@ -135,7 +140,7 @@ fn section_json(kind: &str, section: &Section) -> Json {
             SectionKind::End => "END",
             SectionKind::Full => "FULL",
         },
-        "name": section.name.as_str(),
+        "name": name::shown(&section.name),
         "instance": section.instance.0,
         "id": section.id.0,
         "version": section.version,
@@ -151,6 +156,7 @@ fn device_json(report: &Report, device: &DeviceReport, item: &Item, shown: &Show
         Found::ByDescription => "description",
         Found::ByFooter => "footer",
         Found::ByNextHeader => "next-header",
+        Found::Cut => "cut",
     });
     match report.state(device) {
         DeviceState::Decoded(body) => body_json(&body, device.offset, shown, &mut object),
@@ -257,7 +263,7 @@ fn ram(report: &Report) -> Json {
     let blocks = report.ram.blocks.iter().map(|block| {
         let pages = &block.pages;
         json!({
-            "name": block.name.as_str(),
+            "name": name::shown(&block.name),
             "bytes": block.used_bytes,
             "page_bytes": block.page_bytes,
             "guest_address": block.guest_address,
@@ -286,7 +292,7 @@ fn ram(report: &Report) -> Json {
 fn disks(report: &Report) -> Json {
     let disks = report.disks.iter().map(|disk| {
         json!({
-            "name": disk.name.as_str(),
+            "name": name::shown(&disk.name),
             "data_chunks": disk.data_chunks,
             "zero_chunks": disk.zero_chunks,
             "end_bytes": disk.end_bytes,
@@ -298,8 +304,8 @@ fn disks(report: &Report) -> Json {
 fn bitmaps(report: &Report) -> Json {
     let bitmaps = report.bitmaps.iter().map(|bitmap| {
         json!({
-            "node": bitmap.node.as_str(),
-            "name": bitmap.name.as_str(),
+            "node": name::shown(&bitmap.node),
+            "name": name::shown(&bitmap.name),
             "granularity_bytes": bitmap.granularity_bytes,
             "flags": bitmap.flags.0,
             "chunks": bitmap.chunks,

@@ -4,6 +4,7 @@ mod bar;
 pub(crate) mod diff;
 pub(crate) mod inspect;
 pub(crate) mod inspect_json;
+pub(crate) mod name;
 mod outcome;
 pub(crate) mod schema;
 mod status;
