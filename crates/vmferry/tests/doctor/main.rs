@@ -5,4 +5,5 @@
 mod peers;
 
 mod extract;
+mod inspect;
 mod schema;
