@@ -36,7 +36,8 @@ pub use load::{
 pub use machine::{Machine, Mismatch};
 pub use postcopy::{Incoming, PostcopyState};
 pub use registry::{
-    Blocked, BlockerId, Entry, Loader, Priority, RegisterError, Registration, Registry, Saver,
+    Blocked, BlockerId, Entry, LiveLoader, LiveSaver, Priority, RegisterError, Registration,
+    Registry,
 };
 pub use save::{
     Completing, Describe, DirtyTotal, Ended, Interrupted, Iterating, LiveEnded, Opening, Packing,

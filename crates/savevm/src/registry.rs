@@ -15,14 +15,14 @@ use std::fmt;
 use std::ops::RangeInclusive;
 
 use vmferry_stream::{Content, InstanceId, Name, Section, SectionId, SectionKind};
-use vmferry_vmstate::{Description, Device};
+use vmferry_vmstate::{ByHand, Description, Device, OldStyle};
 
 use crate::handler::{LoadHandler, SaveHandler};
 
 /// The sending half of a live section.
-pub type Saver<'a> = Box<dyn SaveHandler + Send + 'a>;
+pub type LiveSaver<'a> = Box<dyn SaveHandler + Send + 'a>;
 /// The receiving half of a live section.
-pub type Loader<'a> = Box<dyn LoadHandler + Send + 'a>;
+pub type LiveLoader<'a> = Box<dyn LoadHandler + Send + 'a>;
 
 /// The order in which sections are saved: higher ones first, equal ones as registered.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -59,8 +59,8 @@ pub struct Entry<'a> {
 pub(crate) enum State<'a> {
     /// A live handler, in the directions that it knows.
     Live {
-        save: Option<Saver<'a>>,
-        load: Option<Loader<'a>>,
+        save: Option<LiveSaver<'a>>,
+        load: Option<LiveLoader<'a>>,
     },
     /// A device.
     Device(Box<dyn Device + 'a>),
@@ -137,13 +137,11 @@ pub enum RegisterError {
         /// Version that is written.
         version: u32,
     },
-    /// A described device must have a description, an old-style one must not.
-    #[error("device '{idstr}' is registered as {registered}, which it is not")]
-    NotAsRegistered {
+    /// The device has no description; an old-style pair of functions is registered as such.
+    #[error("device '{idstr}' has no description")]
+    NotDescribed {
         /// Its name.
         idstr: Name,
-        /// `described` or `old-style`.
-        registered: &'static str,
     },
     /// The name says what a section's body is made of.
     #[error(
@@ -353,21 +351,21 @@ impl<'a> Registration<'a> {
     pub fn live(
         name: &str,
         versions: RangeInclusive<u32>,
-        save: Saver<'a>,
-        load: Loader<'a>,
+        save: LiveSaver<'a>,
+        load: LiveLoader<'a>,
     ) -> Self {
         let (save, load) = (Some(save), Some(load));
         Self::new(name, Some(versions), State::Live { save, load })
     }
 
     /// A live section that is only saved here.
-    pub fn saving(name: &str, version: u32, save: Saver<'a>) -> Self {
+    pub fn saving(name: &str, version: u32, save: LiveSaver<'a>) -> Self {
         let (save, load) = (Some(save), None);
         Self::new(name, Some(version..=version), State::Live { save, load })
     }
 
     /// A live section that is only loaded here, in these versions.
-    pub fn loading(name: &str, versions: RangeInclusive<u32>, load: Loader<'a>) -> Self {
+    pub fn loading(name: &str, versions: RangeInclusive<u32>, load: LiveLoader<'a>) -> Self {
         let (save, load) = (None, Some(load));
         Self::new(name, Some(versions), State::Live { save, load })
     }
@@ -377,14 +375,20 @@ impl<'a> Registration<'a> {
         Self::new(name, None, State::Device(device))
     }
 
-    /// A device that saves and loads itself by a pair of functions. It reads these versions and
-    /// writes the highest.
-    pub fn old_style(
-        name: &str,
-        versions: RangeInclusive<u32>,
-        device: Box<dyn Device + 'a>,
-    ) -> Self {
-        Self::new(name, Some(versions), State::Device(device))
+    /// A device with a description that is saved before the first page, among the STARTs. For state
+    /// that does not change while the guest runs, and that the destination needs to place what
+    /// follows.
+    pub fn early_device(name: &str, device: Box<dyn Device + 'a>) -> Self {
+        Self {
+            early: true,
+            ..Self::device(name, device)
+        }
+    }
+
+    /// A device that saves and loads itself by a pair of functions, in the versions that it says.
+    pub fn old_style<T: OldStyle>(name: &str, device: ByHand<T>) -> Self {
+        let versions = ByHand::<T>::versions();
+        Self::new(name, Some(versions), State::Device(Box::new(device)))
     }
 
     fn new(name: &str, versions: Option<RangeInclusive<u32>>, state: State<'a>) -> Self {
@@ -427,32 +431,21 @@ impl<'a> Registration<'a> {
         self
     }
 
-    /// Save the device before the first page, among the STARTs. For state that does not change while
-    /// the guest runs, and that the destination needs to place what follows.
-    pub fn early(mut self) -> Self {
-        self.early = true;
-        self
-    }
-
     fn idstr(&self) -> Result<Name, RegisterError> {
         short(&full_name(self.path.as_deref(), &self.name))
     }
 
     fn versions(&self, idstr: &Name) -> Result<RangeInclusive<u32>, RegisterError> {
-        let described = match &self.state {
-            State::Live { .. } => None,
-            State::Device(device) => device.description(),
+        let versions = match (&self.versions, &self.state) {
+            (Some(versions), _) => Some(versions.clone()),
+            (None, State::Live { .. }) => None,
+            (None, State::Device(device)) => device
+                .description()
+                .map(|it| it.minimum_version..=it.version),
         };
-        let wrong = |registered| RegisterError::NotAsRegistered {
+        let versions = versions.ok_or_else(|| RegisterError::NotDescribed {
             idstr: idstr.clone(),
-            registered,
-        };
-        let versions = match (&self.versions, described) {
-            (None, Some(description)) => description.minimum_version..=description.version,
-            (Some(versions), None) => versions.clone(),
-            (None, None) => return Err(wrong("described")),
-            (Some(_), Some(_)) => return Err(wrong("old-style")),
-        };
+        })?;
         if versions.is_empty() {
             return Err(RegisterError::NoVersion {
                 idstr: idstr.clone(),
@@ -537,14 +530,14 @@ impl<'a> Entry<'a> {
         }
     }
 
-    pub(crate) fn saver(&mut self) -> Option<&mut Saver<'a>> {
+    pub(crate) fn saver(&mut self) -> Option<&mut LiveSaver<'a>> {
         match &mut self.state {
             State::Live { save, .. } => save.as_mut(),
             State::Device(_) => None,
         }
     }
 
-    pub(crate) fn loader(&mut self) -> Option<&mut Loader<'a>> {
+    pub(crate) fn loader(&mut self) -> Option<&mut LiveLoader<'a>> {
         match &mut self.state {
             State::Live { load, .. } => load.as_mut(),
             State::Device(_) => None,
@@ -565,6 +558,8 @@ impl<'a> Entry<'a> {
     /// A live section that is only saved here cannot receive.
     fn answers_to(&self, section: &Section) -> bool {
         let receives = !matches!(self.state, State::Live { load: None, .. });
+        // Whatever the version: QEMU 10.0 takes an rtc with its alias, which is required for version
+        // 3, in sections of version 1.
         let is_alias = self.alias == Some(section.instance);
         let is_own = self.idstr == section.name && (self.instance == section.instance || is_alias);
         let is_compat = self.compat.as_ref().is_some_and(|(name, instance)| {

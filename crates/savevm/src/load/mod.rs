@@ -25,7 +25,7 @@ use vmferry_vmstate::{Decoded, DeviceError};
 use crate::handler::{GuestStopped, HandlerError};
 use crate::machine::Machine;
 use crate::postcopy::{Incoming, PostcopyState};
-use crate::registry::{Entry, Loader, Registry};
+use crate::registry::{Entry, LiveLoader, Registry};
 
 pub use error::{LoadError, SectionLabel};
 
@@ -636,7 +636,7 @@ impl LoadMachine {
     fn open_handler<'s, 'r, 'a>(
         &'s self,
         registry: &'r mut Registry<'a>,
-    ) -> Result<(&'s Section, &'r mut Loader<'a>), LoadError> {
+    ) -> Result<(&'s Section, &'r mut LiveLoader<'a>), LoadError> {
         match &self.open {
             Some(Open {
                 section,
@@ -704,7 +704,7 @@ fn live_handler<'r, 'a>(
     id: SectionId,
     section: &Section,
     registry: &'r mut Registry<'a>,
-) -> Result<&'r mut Loader<'a>, LoadError> {
+) -> Result<&'r mut LiveLoader<'a>, LoadError> {
     let handler = registry.entry(id).and_then(Entry::loader);
     handler.ok_or_else(|| no_handler(section))
 }

@@ -43,7 +43,7 @@ fn source() -> Registry<'static> {
         Registration::saving("block", 1, Box::new(ram)),
         Registration::device("dma", toy(&state(b"first"))),
         Registration::device("dma", toy(&state(&[9; 40]))),
-        Registration::old_style("slirp", 1..=4, old_toy(&state(b""))),
+        Registration::old_style("slirp", old_toy(&state(b""))),
     ] {
         registry.register(registration).expect("free");
     }
@@ -79,7 +79,7 @@ fn outcome(bytes: &[u8], rng: &mut fastrand::Rng) -> (Result<(), LoadError>, Vec
         Registration::loading("block", 1..=1, loader(&log, "")),
         Registration::device("dma", toy(&states[0])),
         Registration::device("dma", toy(&states[1])),
-        Registration::old_style("slirp", 1..=4, old_toy(&states[2])),
+        Registration::old_style("slirp", old_toy(&states[2])),
     ] {
         registry.register(registration).expect("free");
     }
@@ -91,7 +91,7 @@ fn outcome(bytes: &[u8], rng: &mut fastrand::Rng) -> (Result<(), LoadError>, Vec
     });
     let mut read = || rng.usize(..200);
     let loaded = load_in(&mut machine, &mut registry, bytes, &mut read).map(|_| ());
-    let states = states.iter().map(|state| lock(state).clone());
+    let states = states.iter().map(|state| lock(state).0.clone());
     (loaded, states.collect())
 }
 

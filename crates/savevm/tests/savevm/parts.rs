@@ -1,5 +1,6 @@
 //! Handlers, devices, a sink and a driver, all small and real.
 
+use std::ops::Deref;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -12,8 +13,8 @@ use vmferry_stream::{
     Command, Decoder, DiscardRange, Ending, Name, Options, Record, SectionKind, Step,
 };
 use vmferry_vmstate::{
-    Content, Decoded, Description, Device, DeviceError, FieldType, SavedBody, SavedField,
-    SavedState, Shape,
+    BoxError, ByHand, Content, Decoded, Description, Device, DeviceError, FieldType, Loader,
+    OldStyle, SavedBody, SavedField, SavedState, Shape,
 };
 
 /// The word that ends a `block` section's body.
@@ -197,7 +198,18 @@ impl LoadHandler for ScriptedLoader {
 }
 
 /// State of a [`Toy`], shared with the test.
-pub(crate) type ToyState = Arc<Mutex<Vec<u8>>>;
+pub(crate) type ToyState = Arc<Mutex<Data>>;
+
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(crate) struct Data(pub(crate) Vec<u8>);
+
+impl Deref for Data {
+    type Target = Vec<u8>;
+
+    fn deref(&self) -> &Vec<u8> {
+        &self.0
+    }
+}
 
 /// A device: `u32 length`, so many bytes, and since version 2 a `u16` sum of them.
 pub(crate) struct Toy {
@@ -225,15 +237,33 @@ pub(crate) fn toy(state: &ToyState) -> Box<Toy> {
     })
 }
 
-/// The same device, by a pair of functions.
-pub(crate) fn old_toy(state: &ToyState) -> Box<Toy> {
-    let mut toy = toy(state);
-    toy.description = None;
-    toy
+/// The same state, by a pair of functions, in versions 1 to 4.
+pub(crate) fn old_toy(state: &ToyState) -> ByHand<Data> {
+    ByHand(Arc::clone(state))
+}
+
+impl OldStyle for Data {
+    const NAME: &'static str = "toy";
+    const VERSION: u32 = 4;
+    const MINIMUM_VERSION: u32 = 1;
+
+    fn save(&mut self, out: &mut Vec<u8>) -> Result<(), BoxError> {
+        out.extend(toy_body(self));
+        Ok(())
+    }
+
+    fn load(&mut self, loader: &mut Loader<'_>, _version: u32) -> Result<(), DeviceError> {
+        let length = u32::from_be_bytes(loader.array()?);
+        self.0 = loader.take(length as usize)?.to_vec();
+        match loader.array()? == sum(self).to_be_bytes() {
+            true => Ok(()),
+            false => Err(loader.fault("is not the sum of the data")),
+        }
+    }
 }
 
 pub(crate) fn state(bytes: &[u8]) -> ToyState {
-    Arc::new(Mutex::new(bytes.to_vec()))
+    Arc::new(Mutex::new(Data(bytes.to_vec())))
 }
 
 fn sum(bytes: &[u8]) -> u16 {
@@ -266,7 +296,7 @@ impl Device for Toy {
 
     fn save(&mut self) -> Result<SavedBody, DeviceError> {
         self.fault("pre_save")?;
-        let data = lock(&self.state).clone();
+        let data = lock(&self.state).0.clone();
         let field = |name: &str, kind, bytes: Vec<u8>| SavedField {
             name: name.into(),
             kind: FieldType::named(kind),
@@ -285,14 +315,7 @@ impl Device for Toy {
             ],
             subsections: Vec::new(),
         };
-        Ok(match self.description {
-            Some(_) => SavedBody::Described(state),
-            None => {
-                let mut bytes = Vec::new();
-                state.encode(&mut bytes);
-                SavedBody::OldStyle(bytes)
-            }
-        })
+        Ok(SavedBody::Described(state))
     }
 
     fn decode(&self, version: u32, window: &[u8]) -> Result<Decoded, DeviceError> {
@@ -319,7 +342,7 @@ impl Device for Toy {
         let refused = self.fault("post_load");
         Ok(Decoded::new(used, move || {
             refused?;
-            *lock(&state) = data;
+            *lock(&state) = Data(data);
             Ok(())
         }))
     }

@@ -45,7 +45,7 @@ fn source(log: &Log, ranges: usize) -> Registry<'static> {
         Registration::saving("block", 1, Box::new(going_on("ram", log, ranges))),
         Registration::saving("block", 1, Box::new(scripted("disk", log))),
         Registration::device("rtc", toy(&state(b"time"))),
-        Registration::device("early", toy(&state(b"early"))).early(),
+        Registration::early_device("early", toy(&state(b"early"))),
     ] {
         registry.register(registration).expect("free");
     }

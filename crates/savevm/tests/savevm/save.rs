@@ -31,7 +31,7 @@ fn live_sections_first_then_devices_by_priority() {
     for registration in [
         Registration::device("timer", toy(&state(b"now"))),
         Registration::saving("block", 1, Box::new(scripted("a", &log))),
-        Registration::old_style("slirp", 1..=4, old_toy(&state(b""))),
+        Registration::old_style("slirp", old_toy(&state(b""))),
         Registration::device("bridge", toy(&state(b"b"))).priority(Priority(1)),
         Registration::device("globalstate", unneeded),
         Registration::device("serial", toy(&state(b"s"))).at("0:1"),
@@ -114,9 +114,9 @@ fn early_devices_come_among_the_starts_and_once() {
     unneeded.needed = false;
     for registration in [
         Registration::device("rtc", toy(&state(b"r"))),
-        Registration::device("virtio-mem-device-early", toy(&early_state)).early(),
+        Registration::early_device("virtio-mem-device-early", toy(&early_state)),
         Registration::saving("block", 1, Box::new(scripted("a", &log))),
-        Registration::device("nothing-early", unneeded).early(),
+        Registration::early_device("nothing-early", unneeded),
     ] {
         registry.register(registration).expect("free");
     }
@@ -233,7 +233,7 @@ fn without_configuration_and_footers() {
             Some("footer of section 'rtc' (0x1) missing"),
         ),
     ] {
-        lock(&to).clear();
+        lock(&to).0.clear();
         let mut registry = Registry::new();
         let device = Registration::device("rtc", toy(&to));
         registry.register(device).expect("free");
@@ -251,7 +251,7 @@ fn without_configuration_and_footers() {
             None => {
                 let ending = loaded.expect("loaded").ending;
                 assert_eq!(ending, Some(Ending::WithoutDescription));
-                assert_eq!(*lock(&to), b"old");
+                assert_eq!(lock(&to).0, b"old");
             }
             Some(words) => {
                 let error = loaded.expect_err(words).to_string();
@@ -268,7 +268,7 @@ fn three_ways_to_describe() {
         let mut registry = Registry::new();
         let device = Registration::device("rtc", toy(&state(b"abc"))).at("0:1");
         registry.register(device).expect("free");
-        let device = Registration::old_style("slirp", 4..=4, old_toy(&state(b"d")));
+        let device = Registration::old_style("slirp", old_toy(&state(b"d")));
         registry.register(device).expect("free");
         let opening = Opening {
             machine: Machine::named(name("none")),
@@ -453,7 +453,7 @@ fn device_state_alone_goes_over_alone() {
     for registration in [
         Registration::saving("block", 1, Box::new(scripted("a", &log))),
         Registration::device("late", toy(&late)),
-        Registration::device("early", toy(&early)).early(),
+        Registration::early_device("early", toy(&early)),
     ] {
         source.register(registration).expect("free");
     }
