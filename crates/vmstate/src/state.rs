@@ -76,7 +76,7 @@ pub trait VmState: Sized + Send + 'static {
 /// }
 ///
 /// /// What older versions kept apart.
-/// #[derive(Default, VmState)]
+/// #[derive(VmState)]
 /// #[vmstate(name = "clock/halves", version = 1)]
 /// struct Halves {
 ///     #[vmstate(uint32)]
@@ -97,6 +97,10 @@ pub trait VmState: Sized + Send + 'static {
 ///         })
 ///     }
 ///
+///     fn template(_: &Clock) -> Self {
+///         Self { seconds: 0, rest: 0 }
+///     }
+///
 ///     fn put(self, clock: &mut Clock, _version: u32) -> Result<(), BoxError> {
 ///         clock.nanoseconds = u64::from(self.seconds) * 1_000_000_000 + u64::from(self.rest);
 ///         Ok(())
@@ -108,7 +112,7 @@ pub trait VmState: Sized + Send + 'static {
 /// assert_eq!(bytes, [0, 0, 0, 3, 0, 0, 0, 7]);
 /// # Ok::<(), vmferry_vmstate::DeviceError>(())
 /// ```
-pub trait View<Owner>: VmState + Default {
+pub trait View<Owner>: VmState {
     /// Is there anything to send? Asked of subsections.
     fn is_needed_by(owner: &Owner) -> bool;
 
@@ -118,7 +122,11 @@ pub trait View<Owner>: VmState + Default {
     /// The owner is in no state to be saved.
     fn take(owner: &mut Owner) -> Result<Self, BoxError>;
 
-    /// Put values back that came in this version; what was not sent has its default.
+    /// What loading begins with, after the owner's earlier fields were loaded: counts, values to
+    /// compare with and what conditions ask for come from here. Fields that are not sent keep it.
+    fn template(owner: &Owner) -> Self;
+
+    /// Put values back that came in this version; what was not sent is as in the template.
     ///
     /// # Errors
     /// The owner cannot have such values.

@@ -379,6 +379,10 @@ impl vmferry_vmstate::View<Register> for RegisterOnTheWire {
         })
     }
 
+    fn template(_: &Register) -> Self {
+        Self::default()
+    }
+
     fn put(self, owner: &mut Register, _: u32) -> Result<(), BoxError> {
         if owner.refuses {
             return Err("not now".into());

@@ -160,7 +160,7 @@ impl Outer {
     }
 }
 
-#[derive(Clone, Debug, Default, VmState)]
+#[derive(Clone, Debug, VmState)]
 #[vmstate(name = "outer/derived", version = 1)]
 struct Derived {
     #[vmstate(uint8)]
@@ -177,6 +177,12 @@ impl View<Outer> for Derived {
         Ok(Self {
             value: owner.derived,
         })
+    }
+
+    fn template(owner: &Outer) -> Self {
+        Self {
+            value: owner.derived,
+        }
     }
 
     fn put(self, owner: &mut Outer, version: u32) -> Result<(), BoxError> {

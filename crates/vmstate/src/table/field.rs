@@ -413,7 +413,7 @@ impl<T, V: View<T>> Access<T> for ViewField<V> {
     }
 
     fn load(&self, state: &mut T, loader: &mut Loader<'_>) -> Result<(), DeviceError> {
-        let mut view = V::default();
+        let mut view = V::template(state);
         view.load(loader, V::VERSION)?;
         let put = view.put(state, V::VERSION);
         put.map_err(|error| loader.fault(error.to_string()))

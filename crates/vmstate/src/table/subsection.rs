@@ -82,7 +82,7 @@ impl<T, V: View<T>> Subsection<T> for ViewSubsection<V> {
         loader: &mut Loader<'_>,
         version: u32,
     ) -> Result<(), DeviceError> {
-        let mut view = V::default();
+        let mut view = V::template(owner);
         view.load(loader, version)?;
         let put = view.put(owner, version);
         put.map_err(|error| loader.fault(error.to_string()))
