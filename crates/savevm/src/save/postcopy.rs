@@ -160,15 +160,10 @@ impl Packing {
             flow.encode(&Record::Command(Command::Ping(value)), &mut package);
         }
         flow.encode(&Record::Command(Command::PostcopyRun), &mut package);
-        let length = u32::try_from(package.len()).unwrap_or(u32::MAX);
-        if length > MAX_PACKAGE_BYTES {
-            return Err(SaveError::PackageTooLarge {
-                bytes: package.len(),
-                max: MAX_PACKAGE_BYTES,
-            });
-        }
         let mut command = Vec::new();
-        let packaged = Command::Packaged { bytes: length };
+        let packaged = Command::Packaged {
+            bytes: package_bytes(package.len())?,
+        };
         flow.encode(&Record::Command(packaged), &mut command);
         sink.put(&[&command, &package])
             .map_err(SaveError::Channel)?;
@@ -243,6 +238,36 @@ impl Postcopy {
     }
 }
 
+/// Length of a package that a destination takes.
+fn package_bytes(bytes: usize) -> Result<u32, SaveError> {
+    let max = MAX_PACKAGE_BYTES;
+    let length = u32::try_from(bytes).ok().filter(|length| *length <= max);
+    length.ok_or(SaveError::PackageTooLarge { bytes, max })
+}
+
 fn goes_on(saver: &mut dyn SaveHandler) -> bool {
     saver.postcopy().is_some()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A real package of that length would take the tests a gigabyte.
+    #[test]
+    fn a_package_has_at_most_256_mib() {
+        let max = 256 << 20;
+        for bytes in [1, max - 1, max] {
+            let length = package_bytes(bytes).expect("it is taken");
+            assert_eq!(length as usize, bytes);
+        }
+        for bytes in [max + 1, (1 << 32) + 1, usize::MAX] {
+            let error = package_bytes(bytes).expect_err("too large");
+            let words = format!(
+                "the state of all devices has {bytes} bytes, which may be 268435456 bytes in a \
+                 postcopy"
+            );
+            assert_eq!(error.to_string(), words);
+        }
+    }
 }
