@@ -483,6 +483,10 @@ impl LoadMachine {
                 self.notice(Notice::ReturnPathOpenedTwice);
             }
             Command::OpenReturnPath => self.return_path = true,
+            // As QEMU 10.0 does. 7.2 takes it even where COLO is off.
+            Command::EnableColo => {
+                return Err(self.refuse(command, "COLO is not supported here".into()));
+            }
             Command::PostcopyResume | Command::ReceivedBitmap(_)
                 if self.place != Place::Recovery =>
             {

@@ -457,6 +457,12 @@ fn every_command_in_every_state() {
         ),
         (&none, Nothing, &ping(), "PING: no return path was opened"),
         (
+            &none,
+            Nothing,
+            &command(8, b""),
+            "ENABLE_COLO: COLO is not supported here",
+        ),
+        (
             &advised,
             Advised,
             &good,
