@@ -26,6 +26,22 @@ pub trait Sink {
     fn check(&self) -> Result<(), HandlerError>;
 }
 
+/// Keeps everything, and never waits.
+impl Sink for Vec<u8> {
+    fn put(&mut self, parts: &[&[u8]]) -> Result<(), HandlerError> {
+        parts.iter().for_each(|part| self.extend_from_slice(part));
+        Ok(())
+    }
+
+    fn allowance(&self) -> u64 {
+        u64::MAX
+    }
+
+    fn check(&self) -> Result<(), HandlerError> {
+        Ok(())
+    }
+}
+
 /// How an iteration ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Progress {

@@ -43,3 +43,8 @@ pub use save::{
     Completing, Describe, DirtyTotal, Ended, Interrupted, Iterating, LiveEnded, Opening, Packing,
     Postcopy, Ready, SaveError, Switching, TotalPending, begin, cleanup, save_device_state,
 };
+/// From [`vmferry_stream`], what this interface is made of.
+pub use vmferry_stream::{
+    Blame, Command, Configuration, DecodeError, DiscardRange, Ending, Expect, Footers, InstanceId,
+    Name, NameTooLong, Options, PageBits, PageSizes, Record, SectionId,
+};

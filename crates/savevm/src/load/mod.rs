@@ -133,6 +133,9 @@ pub struct LoadMachine {
     over: bool,
 }
 
+/// Is told every record, and may refuse.
+type Heard<'a> = dyn FnMut(&Record) -> Result<(), HandlerError> + 'a;
+
 /// What the machine reads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Place {
@@ -250,6 +253,20 @@ impl LoadMachine {
         Ok(())
     }
 
+    /// Load a stream that is in memory, packages in it included, to its end: the whole driver for
+    /// whoever answers nobody and needs no windows. What belongs to nobody is passed over; bytes
+    /// behind the stream stay unread, see [`LoadMachine::offset`]. Then comes [`load_cleanup`].
+    ///
+    /// # Errors
+    /// See [`LoadError`]. Devices whose sections were whole have their new state.
+    pub fn load_slice(
+        &mut self,
+        stream: &[u8],
+        registry: &mut Registry<'_>,
+    ) -> Result<Ending, LoadError> {
+        self.load_all(stream, registry, &mut |_| Ok(()))
+    }
+
     /// Load a whole package, right after its payload was read: for a driver that needs no pages
     /// meanwhile. `heard` is told every record in it, and may refuse.
     ///
@@ -261,6 +278,15 @@ impl LoadMachine {
         registry: &mut Registry<'_>,
         mut heard: impl FnMut(&Record) -> Result<(), HandlerError>,
     ) -> Result<(), LoadError> {
+        self.load_nested(bytes, registry, &mut heard)
+    }
+
+    fn load_nested(
+        &mut self,
+        bytes: &[u8],
+        registry: &mut Registry<'_>,
+        heard: &mut Heard<'_>,
+    ) -> Result<(), LoadError> {
         let length = u64::try_from(bytes.len()).unwrap_or(u64::MAX);
         let offset = self.offset().saturating_sub(length);
         let in_package = |source| {
@@ -268,7 +294,7 @@ impl LoadMachine {
             LoadError::Package { offset, source }
         };
         let mut package = self.package();
-        let loaded = package.load_all(bytes, registry, &mut heard);
+        let loaded = package.load_all(bytes, registry, heard);
         loaded.map_err(in_package)?;
         self.leave_package(package).map_err(in_package)
     }
@@ -277,27 +303,31 @@ impl LoadMachine {
         &mut self,
         bytes: &[u8],
         registry: &mut Registry<'_>,
-        heard: &mut dyn FnMut(&Record) -> Result<(), HandlerError>,
-    ) -> Result<(), LoadError> {
-        let end = u64::try_from(bytes.len()).unwrap_or(u64::MAX);
+        heard: &mut Heard<'_>,
+    ) -> Result<Ending, LoadError> {
+        let length = u64::try_from(bytes.len()).unwrap_or(u64::MAX);
+        let end = self.offset().saturating_add(length);
         let mut window = bytes;
+        let mut is_package = false;
         loop {
             let used = match self.step(window, registry)? {
-                LoadStep::End => return Ok(()),
-                LoadStep::NeedMore(_) => return self.finish_at(end).map(|_| ()),
+                LoadStep::End | LoadStep::NeedMore(_) => return self.finish_at(end),
                 LoadStep::Device { used } => used,
                 LoadStep::Record { record, used, .. } => {
                     heard(&record).map_err(|reason| self.refused(&record, reason.to_string()))?;
+                    is_package = matches!(record, Record::Command(Command::Packaged { .. }));
                     used
                 }
                 LoadStep::Payload { bytes, owner } => {
                     let length = usize::try_from(bytes).unwrap_or(usize::MAX);
                     let Some(payload) = window.get(..length) else {
-                        return self.finish_at(end).map(|_| ());
+                        return self.finish_at(end);
                     };
                     if owner == Owner::Handler {
                         self.payload(registry, length)?.copy_from_slice(payload);
                         self.payload_filled(registry)?;
+                    } else if is_package {
+                        self.load_nested(payload, registry, heard)?;
                     }
                     length
                 }

@@ -8,3 +8,4 @@ mod parts;
 mod postcopy;
 mod registry;
 mod save;
+mod slice;
