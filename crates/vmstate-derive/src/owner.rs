@@ -10,7 +10,7 @@ use crate::word;
 /// Longest name that a subsection's length byte can say.
 const MAX_NAME_BYTES: usize = 255;
 
-const WORDS: [&str; 10] = [
+const WORDS: [&str; 11] = [
     "name",
     "version",
     "minimum_version",
@@ -20,11 +20,18 @@ const WORDS: [&str; 10] = [
     "post_save",
     "pre_load",
     "post_load",
+    "committed",
     "subsections",
 ];
 
 /// The hooks, in the order in which they run, and `needed`.
-pub(crate) const HOOKS: [&str; 4] = ["pre_save", "post_save", "pre_load", "post_load"];
+pub(crate) const HOOKS: [&str; 5] = [
+    "pre_save",
+    "post_save",
+    "pre_load",
+    "post_load",
+    "committed",
+];
 
 /// The description of the struct.
 pub(crate) struct Owner {
@@ -34,7 +41,7 @@ pub(crate) struct Owner {
     pub(crate) unmigratable: bool,
     pub(crate) needed: Option<ExprPath>,
     /// By their place in [`HOOKS`].
-    pub(crate) hooks: [Option<ExprPath>; 4],
+    pub(crate) hooks: [Option<ExprPath>; 5],
     pub(crate) subsections: Vec<Type>,
 }
 
@@ -47,7 +54,7 @@ impl Owner {
         let mut minimum: Option<(u32, LitInt)> = None;
         let mut unmigratable = false;
         let mut needed = None;
-        let mut hooks = [const { None }; 4];
+        let mut hooks = [const { None }; 5];
         let mut subsections = Vec::new();
         let mut seen: Vec<String> = Vec::new();
         for item in attributes.into_iter().flat_map(|(_, items)| items) {

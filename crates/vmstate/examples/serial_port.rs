@@ -4,6 +4,7 @@
 //! and the description that would stand in a stream, and loads them into another port.
 
 use std::error::Error;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use vmferry_vmstate::{DescriptionWriter, Device, Dialect, VmState};
@@ -15,7 +16,8 @@ use vmferry_vmstate::{DescriptionWriter, Device, Dialect, VmState};
     name = "serial",
     version = 3,
     minimum_version = 2,
-    post_load = Self::rewire
+    post_load = Self::check,
+    committed = Self::raise
 )]
 struct SerialPort {
     /// Types are named as on the wire.
@@ -34,9 +36,12 @@ struct SerialPort {
     /// Sent only when there is something in it: it goes as a subsection.
     #[vmstate(subsection)]
     receiver: Receiver,
-    /// Follows from the rest, so `rewire` makes it anew.
+    /// Follows from the rest, so `check` makes it anew.
     #[vmstate(skip = "made anew from the other registers")]
     interrupt: bool,
+    /// The wire to the interrupt controller, which everybody sees: `raise` sets it.
+    #[vmstate(skip = "wired by the machine")]
+    line: Arc<AtomicBool>,
 }
 
 /// Bytes that were received and not read yet.
@@ -84,12 +89,19 @@ impl Receiver {
 }
 
 impl SerialPort {
-    /// A hook may refuse what came; the port is then as it was before.
-    fn rewire(&mut self, _version: u32) -> Result<(), String> {
+    /// A hook may refuse what came; the port is then as it was before. It works on a clone that may
+    /// be thrown away, so it leaves the wire alone.
+    fn check(&mut self, _version: u32) -> Result<(), String> {
         if self.divider == 0 {
             return Err("a divider of 0 would stop the clock".into());
         }
         self.interrupt = self.receiver.is_filled();
+        Ok(())
+    }
+
+    /// Runs once, when the state is in place.
+    fn raise(&mut self) -> Result<(), String> {
+        self.line.store(self.interrupt, Ordering::Release);
         Ok(())
     }
 }
@@ -122,7 +134,13 @@ pub(crate) fn main() -> Result<(), Box<dyn Error>> {
     let destination = Arc::new(Mutex::new(SerialPort::default()));
     let decoded = destination.decode(3, &bytes)?;
     assert_eq!(decoded.used, bytes.len() - 5);
+    let line = Arc::clone(&destination.lock().map_err(|_| "poisoned")?.line);
+    assert!(
+        !line.load(Ordering::Acquire),
+        "not before the footer was seen"
+    );
     decoded.commit()?;
+    assert!(line.load(Ordering::Acquire));
     let loaded = destination.lock().map_err(|_| "poisoned")?.clone();
     println!("{loaded:?}");
     assert_eq!((loaded.divider, loaded.parity), (12, Parity::Odd));

@@ -11,9 +11,11 @@ use crate::saved::SavedBody;
 use crate::state::VmState;
 
 /// A device that describes itself and is shared with the guest's threads. A body is decoded into a
-/// clone, hooks included; [`Decoded::commit`] puts the clone into the device's place. The device is
-/// locked while it is saved, and while it is cloned or replaced; fields that are skipped are those of
-/// the moment when the body was decoded.
+/// clone, load hooks included; [`Decoded::commit`] puts the clone into the device's place and runs the
+/// `committed` hooks. The device is locked while it is saved, and while it is cloned or replaced, so
+/// no hook but `pre_load` and `post_load` can lock it again. Skipped fields are those of the moment
+/// when the body was decoded, with what the hooks made of them: what other threads change until the
+/// commit stays only behind an [`Arc`], or in a device kept [`Apart`].
 impl<T: VmState + Clone> Device for Arc<Mutex<T>> {
     fn description(&self) -> Option<&Description> {
         Some(T::description())
@@ -33,8 +35,9 @@ impl<T: VmState + Clone> Device for Arc<Mutex<T>> {
         staged.load(&mut loader, version)?;
         let device = Arc::clone(self);
         Ok(Decoded::new(loader.used(), move || {
-            *lock(&device) = staged;
-            Ok(())
+            let mut device = lock(&device);
+            *device = staged;
+            device.committed()
         }))
     }
 }
@@ -105,7 +108,8 @@ pub trait SaveRestore: Send + 'static {
     /// equal on both sides are compared with them.
     fn template(&self) -> Self::Saved;
 
-    /// Take on a state that was received whole.
+    /// Take on a state that was received whole. It runs once, on the device itself: here belong lines,
+    /// timers and memory maps (`committed` hooks of the saved type do not run).
     ///
     /// # Errors
     /// The device cannot have such a state; it must be as before.
@@ -159,11 +163,19 @@ pub trait OldStyle: Clone + Send + 'static {
     /// The device is in no state to be saved.
     fn save(&mut self, out: &mut Vec<u8>) -> Result<(), BoxError>;
 
-    /// Read its state. After an error `self` is dropped, for it is a clone.
+    /// Read its state. `self` is a clone: after an error it is dropped, so nothing else may change.
     ///
     /// # Errors
     /// The window is too short, or the bytes are wrong: [`Loader::fault`].
     fn load(&mut self, loader: &mut Loader<'_>, version: u32) -> Result<(), DeviceError>;
+
+    /// Runs once when the state is in place: for lines, timers and memory maps.
+    ///
+    /// # Errors
+    /// They cannot be had; the state stays.
+    fn committed(&mut self) -> Result<(), BoxError> {
+        Ok(())
+    }
 }
 
 /// A device with an old-style pair of functions.
@@ -209,8 +221,10 @@ impl<T: OldStyle> Device for ByHand<T> {
         loaded.map_err(|error| error.inside("data"))?;
         let device = Arc::clone(&self.0);
         Ok(Decoded::new(loader.used(), move || {
-            *lock(&device) = staged;
-            Ok(())
+            let mut device = lock(&device);
+            *device = staged;
+            let committed = device.committed();
+            committed.map_err(|source| failed("committed", T::NAME, source))
         }))
     }
 }

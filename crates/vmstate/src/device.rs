@@ -46,10 +46,10 @@ impl Decoded {
         }
     }
 
-    /// Put the state in place.
+    /// Put the state in place, and have the device take the effects that it has elsewhere.
     ///
     /// # Errors
-    /// The device refused it.
+    /// The device refused it, or could not take the effects.
     pub fn commit(self) -> Result<(), DeviceError> {
         (self.commit)()
     }

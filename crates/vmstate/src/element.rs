@@ -28,6 +28,12 @@ pub trait Element<T>: Send + Sync + 'static {
     /// # Errors
     /// The window is too short, the bytes are wrong, or a hook refused them.
     fn load(&self, value: &mut T, loader: &mut Loader<'_>) -> Result<(), DeviceError>;
+
+    /// Tell a struct that it is in place.
+    ///
+    /// # Errors
+    /// Its hook failed.
+    fn committed(&self, value: &mut T) -> Result<(), DeviceError>;
 }
 
 /// What an [`Element`] looks like.
@@ -143,6 +149,10 @@ impl<T, C: Codec<T>> Element<T> for Plain<C> {
     fn load(&self, value: &mut T, loader: &mut Loader<'_>) -> Result<(), DeviceError> {
         self.0.load(value, loader)
     }
+
+    fn committed(&self, _: &mut T) -> Result<(), DeviceError> {
+        Ok(())
+    }
 }
 
 impl<T: VmState> Element<T> for Struct {
@@ -163,6 +173,10 @@ impl<T: VmState> Element<T> for Struct {
     fn load(&self, value: &mut T, loader: &mut Loader<'_>) -> Result<(), DeviceError> {
         value.load(loader, T::VERSION)
     }
+
+    fn committed(&self, value: &mut T) -> Result<(), DeviceError> {
+        value.committed()
+    }
 }
 
 impl<T: VmState> Element<T> for VStruct {
@@ -182,6 +196,10 @@ impl<T: VmState> Element<T> for VStruct {
 
     fn load(&self, value: &mut T, loader: &mut Loader<'_>) -> Result<(), DeviceError> {
         value.load(loader, self.0)
+    }
+
+    fn committed(&self, value: &mut T) -> Result<(), DeviceError> {
+        value.committed()
     }
 }
 
@@ -234,6 +252,11 @@ impl<T: 'static, W: 'static, E: Element<W>> Element<T> for Converted<E, T, W> {
         *value = (self.from_wire)(wire).map_err(|error| loader.fault(error.to_string()))?;
         Ok(())
     }
+
+    /// What was on the wire is no more.
+    fn committed(&self, _: &mut T) -> Result<(), DeviceError> {
+        Ok(())
+    }
 }
 
 impl<T, E: Element<T>> Element<Box<T>> for Boxed<E> {
@@ -247,5 +270,9 @@ impl<T, E: Element<T>> Element<Box<T>> for Boxed<E> {
 
     fn load(&self, value: &mut Box<T>, loader: &mut Loader<'_>) -> Result<(), DeviceError> {
         self.0.load(value, loader)
+    }
+
+    fn committed(&self, value: &mut Box<T>) -> Result<(), DeviceError> {
+        self.0.committed(value)
     }
 }

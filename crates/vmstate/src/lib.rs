@@ -70,6 +70,7 @@
 //! | `needed = Self::f` | `fn(&Self) -> bool`: is there anything to send? For devices and subsections |
 //! | `pre_save`, `post_save`, `pre_load` `= Self::f` | `fn(&mut Self) -> Result<(), E>` |
 //! | `post_load = Self::f` | `fn(&mut Self, u32) -> Result<(), E>`, with the version that was sent |
+//! | `committed = Self::f` | `fn(&mut Self) -> Result<(), E>`: the state is in place |
 //! | `subsections(A, B)` | subsections that are computed: each is a [`View`] of the struct |
 //! | `unmigratable` | such a device blocks saving and loading |
 //!
@@ -127,11 +128,28 @@
 //!
 //! # What runs when
 //!
-//! Saving: `needed`, `pre_save`, fields, subsections, `post_save`; the last whenever `pre_save`
-//! succeeded. Loading: `pre_load`, fields, subsections, `post_load`, all on a clone of the device; the
-//! hooks of a struct or subsection run where it stands. [`Decoded::commit`] puts the clone in place
-//! when the section's footer was right. So neither a hook that fails nor a broken stream changes the
-//! device.
+//! | | order | on |
+//! |---|---|---|
+//! | saving | `needed`, `pre_save`, fields, subsections, `post_save`; the last whenever `pre_save` succeeded | the device |
+//! | loading | `pre_load`, fields, subsections, `post_load` | a clone that may be thrown away |
+//! | [`Decoded::commit`] | `committed` of structs, of subsections, of the device | the device |
+//!
+//! The hooks of a struct or subsection run where it stands.
+//!
+//! Loading takes place on a clone, so that neither a hook that fails nor a broken stream changes the
+//! device. It begins again whenever more bytes are needed, so **`pre_load` and `post_load` run any
+//! number of times, on clones of which at most one is kept**. They may check the state and change it,
+//! but touch nothing that the clone shares with the device or the world: no interrupt line, no timer,
+//! no memory map, nothing behind an `Arc`. All that belongs into `committed`, which runs exactly once,
+//! on the device, when the section's footer was right and the clone is in place; for each struct and
+//! subsection in it, sent or not. If it fails, so does the migration, but the state stays.
+//!
+//! Skipped fields are part of the clone: they come from the moment when the body was decoded, with
+//! what the hooks made of them. What other threads change until the commit stays only if it is behind
+//! an `Arc`, or if the device is [`Apart`].
+//!
+//! The device is locked while it is saved, and while `committed` and [`SaveRestore::restore`] run: a
+//! hook that locks it again, or waits for a thread that does, never ends.
 
 #![forbid(unsafe_code)]
 #![cfg_attr(

@@ -60,6 +60,15 @@ pub trait VmState: Sized + Send + 'static {
     fn load(&mut self, loader: &mut Loader<'_>, version: u32) -> Result<(), DeviceError> {
         Self::table().load(self, loader, version)
     }
+
+    /// Run the `committed` hooks: for those who load without [`crate::Device`], once the state is in
+    /// its place.
+    ///
+    /// # Errors
+    /// A hook failed.
+    fn committed(&mut self) -> Result<(), DeviceError> {
+        Self::table().run_committed(self)
+    }
 }
 
 /// Values that are computed from an `Owner` for the stream, and put back into it when they arrive:

@@ -20,6 +20,7 @@ type Log = Arc<Mutex<Vec<String>>>;
     post_save = Self::post_save,
     pre_load = Self::pre_load,
     post_load = Self::post_load,
+    committed = Self::committed,
     subsections(Derived)
 )]
 struct Outer {
@@ -46,7 +47,8 @@ struct Outer {
     pre_save = Self::pre_save,
     post_save = Self::post_save,
     pre_load = Self::pre_load,
-    post_load = Self::post_load
+    post_load = Self::post_load,
+    committed = Self::committed
 )]
 struct Inner {
     #[vmstate(uint8)]
@@ -65,7 +67,8 @@ struct Inner {
     pre_save = Self::pre_save,
     post_save = Self::post_save,
     pre_load = Self::pre_load,
-    post_load = Self::post_load
+    post_load = Self::post_load,
+    committed = Self::committed
 )]
 struct Extra {
     #[vmstate(uint8)]
@@ -101,6 +104,10 @@ macro_rules! hooks {
                 self.log("post_load").map_err(|text| format!("{text} ({version})"))?;
                 self.log(&format!("got {version}"))
             }
+
+            fn committed(&mut self) -> Result<(), String> {
+                self.log(&format!("committed {}", self.value()))
+            }
         }
     )*};
 }
@@ -111,7 +118,23 @@ hooks! {
     Extra "extra";
 }
 
+impl Inner {
+    fn value(&self) -> u8 {
+        self.value
+    }
+}
+
+impl Extra {
+    fn value(&self) -> u8 {
+        self.value
+    }
+}
+
 impl Outer {
+    fn value(&self) -> u8 {
+        self.last
+    }
+
     fn new(failing: &'static str) -> Self {
         let log = Log::default();
         Self {
@@ -247,9 +270,122 @@ fn hooks_run_where_they_should() {
     assert_eq!(device.lock().unwrap().values(), [11, 12, 13, 14, 15]);
     assert_eq!(
         device.lock().unwrap().take_log(),
-        Vec::<String>::new(),
-        "a commit runs no hooks"
+        [
+            "inner committed 12",
+            "extra committed 14",
+            "outer committed 13"
+        ],
+        "once, on the device"
     );
+}
+
+#[test]
+fn what_is_not_sent_is_in_place_too() {
+    let device = Arc::new(Mutex::new(Outer::new("")));
+    device.decode(1, b"\x15\x16\x7e").unwrap().commit().unwrap();
+    let log = device.lock().unwrap().take_log();
+    assert_eq!(
+        log[log.len() - 3..],
+        [
+            "inner committed 22",
+            "extra committed 4",
+            "outer committed 3"
+        ]
+    );
+}
+
+#[test]
+fn effects_that_fail_leave_the_state_in_place() {
+    let device = Arc::new(Mutex::new(Outer::new("extra committed 14")));
+    let error = device.decode(2, BODY).unwrap().commit().unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "committed of 'outer/extra': extra committed 14 failed"
+    );
+    assert_eq!(device.lock().unwrap().values(), [11, 12, 13, 14, 15]);
+    let log = device.lock().unwrap().take_log();
+    assert_eq!(
+        log[log.len() - 2..],
+        ["inner committed 12", "extra committed 14"]
+    );
+}
+
+/// A part that writes down when it is in place.
+#[derive(Clone, Debug, VmState)]
+#[vmstate(name = "part", version = 1, committed = Self::tell)]
+struct Part {
+    #[vmstate(uint8)]
+    number: u8,
+    #[vmstate(skip = "for the test")]
+    log: Arc<Mutex<Vec<u8>>>,
+}
+
+/// There is one for all parts that are made while loading.
+static PARTS: std::sync::LazyLock<Arc<Mutex<Vec<u8>>>> = std::sync::LazyLock::new(Arc::default);
+
+impl Default for Part {
+    fn default() -> Self {
+        Self {
+            number: 0,
+            log: Arc::clone(&PARTS),
+        }
+    }
+}
+
+impl Part {
+    fn tell(&mut self) -> Result<(), String> {
+        self.log.lock().unwrap().push(self.number);
+        match self.number {
+            99 => Err("99 is too much".into()),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Parts in all the places where a struct can be.
+#[derive(Clone, Debug, Default, VmState)]
+#[vmstate(name = "assembly", version = 1)]
+struct Assembly {
+    #[vmstate(struct)]
+    single: Part,
+    #[vmstate(struct)]
+    boxed: Box<Part>,
+    #[vmstate(vstruct = 1)]
+    fixed: [Box<Part>; 2],
+    #[vmstate(uint8)]
+    count: u8,
+    #[vmstate(struct, count = count, max = 4)]
+    counted: Vec<Part>,
+    #[vmstate(struct, nullable)]
+    pointers: [Option<Part>; 2],
+    #[vmstate(qtailq, max = 4)]
+    list: Vec<Part>,
+    #[vmstate(gtree, max = 4)]
+    tree: std::collections::BTreeMap<u64, Part>,
+}
+
+#[test]
+fn structs_are_told_wherever_they_are() {
+    let own = Assembly {
+        pointers: [None, Some(Part::default())],
+        ..Assembly::default()
+    };
+    let device = Arc::new(Mutex::new(own));
+    let body = |last: u8| {
+        let tree = [0, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0, 0, 5, last, 0, 0x7e];
+        [
+            &b"\x01\x02\x03\x04\x02\x05\x06\x30\x07\x01\x08\x01\x09\x00"[..],
+            &tree,
+        ]
+        .concat()
+    };
+    let decoded = device.decode(1, &body(10)).unwrap();
+    assert!(PARTS.lock().unwrap().is_empty());
+    decoded.commit().unwrap();
+    let told = std::mem::take(&mut *PARTS.lock().unwrap());
+    assert_eq!(told, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]);
+    let failed = device.decode(1, &body(99)).unwrap().commit().unwrap_err();
+    assert_eq!(failed.to_string(), "committed of 'part': 99 is too much");
 }
 
 #[test]
@@ -494,6 +630,14 @@ impl OldStyle for Tape {
         self.0 = loader.take(length.into())?.to_vec();
         Ok(())
     }
+
+    fn committed(&mut self) -> Result<(), BoxError> {
+        self.0.push(b'!');
+        match self.0.len() {
+            4 => Err("the tape is full".into()),
+            _ => Ok(()),
+        }
+    }
 }
 
 #[test]
@@ -512,7 +656,7 @@ fn old_style_pairs() {
         (3, &b"abc"[..])
     );
     decoded.commit().unwrap();
-    assert_eq!(tape.lock().unwrap().0, b"hi");
+    assert_eq!(tape.lock().unwrap().0, b"hi!");
     assert_eq!(
         device.decode(3, b"\x04hi").unwrap_err().to_string(),
         "device state is truncated after 3 bytes, in field 'data'"
@@ -524,6 +668,11 @@ fn old_style_pairs() {
     assert_eq!(
         device.decode(4, b"\0").unwrap_err().to_string(),
         "version 4 of 'tape' is not supported, only 2 to 3"
+    );
+    let full = device.decode(3, b"\x03abc").unwrap().commit();
+    assert_eq!(
+        full.unwrap_err().to_string(),
+        "committed of 'tape': the tape is full"
     );
     tape.lock().unwrap().0 = vec![0; 256];
     assert!(Device::save(&mut device).is_err());

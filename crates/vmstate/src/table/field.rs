@@ -58,6 +58,17 @@ impl<T> Number<T> {
         self.now(state).map_err(|fault| loader.fault(fault))
     }
 
+    /// The elements that there are now.
+    fn elements<'a, S: Sequence + ?Sized>(
+        &self,
+        state: &'a mut T,
+        at: fn(&mut T) -> &mut S,
+    ) -> &'a mut [S::Item] {
+        let count = self.now(state).ok();
+        let items = count.and_then(|count| at(state).counted(count));
+        items.unwrap_or_default()
+    }
+
     fn fixed(&self) -> Option<u64> {
         match self {
             Self::Fixed(number) => u64::try_from(*number).ok(),
@@ -166,6 +177,10 @@ impl<T, F, E: Element<F>> Access<T> for Single<E, T, F> {
     fn load(&self, state: &mut T, loader: &mut Loader<'_>) -> Result<(), DeviceError> {
         self.element.load((self.at)(state), loader)
     }
+
+    fn committed(&self, state: &mut T) -> Result<(), DeviceError> {
+        self.element.committed((self.at)(state))
+    }
 }
 
 pub(super) struct Many<E, T, S: ?Sized> {
@@ -210,6 +225,15 @@ impl<T, S: Sequence + ?Sized, E: Element<S::Item>> Access<T> for Many<E, T, S> {
         for (k, item) in items.iter_mut().enumerate() {
             let loaded = self.element.load(item, loader);
             loaded.map_err(|error| error.inside_element(k))?;
+        }
+        Ok(())
+    }
+
+    fn committed(&self, state: &mut T) -> Result<(), DeviceError> {
+        let items = self.number.elements(state, self.at);
+        for (k, item) in items.iter_mut().enumerate() {
+            let told = self.element.committed(item);
+            told.map_err(|error| error.inside_element(k))?;
         }
         Ok(())
     }
@@ -284,6 +308,17 @@ where
         }
         Ok(())
     }
+
+    fn committed(&self, state: &mut T) -> Result<(), DeviceError> {
+        let items = self.number.elements(state, self.at);
+        for (k, item) in items.iter_mut().enumerate() {
+            if let Some(item) = item {
+                let told = self.element.committed(item);
+                told.map_err(|error| error.inside_element(k))?;
+            }
+        }
+        Ok(())
+    }
 }
 
 pub(super) struct Buffer<T, S: ?Sized> {
@@ -316,6 +351,10 @@ impl<T, S: Sequence<Item = u8> + ?Sized> Access<T> for Buffer<T, S> {
         let bytes = (self.at)(state).resized(count);
         let bytes = bytes.ok_or_else(|| no_room(loader, count))?;
         bytes.copy_from_slice(sent);
+        Ok(())
+    }
+
+    fn committed(&self, _: &mut T) -> Result<(), DeviceError> {
         Ok(())
     }
 }
@@ -357,6 +396,10 @@ impl<T, S: Sequence<Item = u64> + ?Sized> Access<T> for Bitmap<T, S> {
         }
         Ok(())
     }
+
+    fn committed(&self, _: &mut T) -> Result<(), DeviceError> {
+        Ok(())
+    }
 }
 
 pub(super) struct Unused {
@@ -381,6 +424,10 @@ impl<T> Access<T> for Unused {
 
     fn load(&self, _: &mut T, loader: &mut Loader<'_>) -> Result<(), DeviceError> {
         loader.take(self.bytes).map(drop)
+    }
+
+    fn committed(&self, _: &mut T) -> Result<(), DeviceError> {
+        Ok(())
     }
 }
 
@@ -417,5 +464,10 @@ impl<T, V: View<T>> Access<T> for ViewField<V> {
         view.load(loader, V::VERSION)?;
         let put = view.put(state, V::VERSION);
         put.map_err(|error| loader.fault(error.to_string()))
+    }
+
+    /// It was put back, and is no more.
+    fn committed(&self, _: &mut T) -> Result<(), DeviceError> {
+        Ok(())
     }
 }

@@ -96,6 +96,14 @@ impl<T, I: VmState + Default, Q: Queue<Item = I>> Access<T> for List<T, Q> {
         (self.at)(state).replace(elements);
         Ok(())
     }
+
+    fn committed(&self, state: &mut T) -> Result<(), DeviceError> {
+        for (k, element) in (self.at)(state).elements().enumerate() {
+            let told = element.committed();
+            told.map_err(|error| error.inside_element(k))?;
+        }
+        Ok(())
+    }
 }
 
 pub(super) struct Tree<E, T, K, V> {
@@ -158,6 +166,14 @@ where
             return Err(loader.fault(format!("has more than the {count} nodes announced")));
         }
         *(self.at)(state) = nodes;
+        Ok(())
+    }
+
+    fn committed(&self, state: &mut T) -> Result<(), DeviceError> {
+        for (k, value) in (self.at)(state).values_mut().enumerate() {
+            let told = value.committed();
+            told.map_err(|error| error.inside_element(k))?;
+        }
         Ok(())
     }
 }

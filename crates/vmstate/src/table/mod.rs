@@ -74,6 +74,7 @@ struct Hooks<T> {
     post_save: Option<Hook<T>>,
     pre_load: Option<Hook<T>>,
     post_load: Option<VersionHook<T>>,
+    committed: Option<Hook<T>>,
 }
 
 /// One field of a `T`.
@@ -85,6 +86,9 @@ trait Access<T>: Send + Sync {
     fn save(&self, state: &mut T, out: &mut Saver<'_>) -> Result<(), DeviceError>;
 
     fn load(&self, state: &mut T, loader: &mut Loader<'_>) -> Result<(), DeviceError>;
+
+    /// Tell the structs in it that they are in place.
+    fn committed(&self, state: &mut T) -> Result<(), DeviceError>;
 }
 
 /// What a field is made of.
@@ -144,6 +148,7 @@ impl<T: 'static> Table<T> {
                 post_save: None,
                 pre_load: None,
                 post_load: None,
+                committed: None,
             },
         }
     }
@@ -338,17 +343,26 @@ impl<T: 'static> Table<T> {
         self
     }
 
-    /// Runs before the first field is loaded.
+    /// Runs before the first field is loaded, on a copy that may be thrown away.
     #[must_use]
     pub fn pre_load(mut self, hook: fn(&mut T) -> Result<(), BoxError>) -> Self {
         self.hooks.pre_load = Some(hook);
         self
     }
 
-    /// Runs after the last subsection was loaded, with the version that was sent.
+    /// Runs after the last subsection was loaded, with the version that was sent; on a copy that may
+    /// be thrown away.
     #[must_use]
     pub fn post_load(mut self, hook: fn(&mut T, u32) -> Result<(), BoxError>) -> Self {
         self.hooks.post_load = Some(hook);
+        self
+    }
+
+    /// Runs once when the state is in place: for effects outside of it, such as lines, timers and
+    /// memory maps. An error fails the loading, but the state stays.
+    #[must_use]
+    pub fn committed(mut self, hook: fn(&mut T) -> Result<(), BoxError>) -> Self {
+        self.hooks.committed = Some(hook);
         self
     }
 
@@ -473,6 +487,23 @@ impl<T: 'static> Table<T> {
         self.load_subsections(state, loader)?;
         let hook = self.hooks.post_load;
         self.run("post_load", hook.map(|hook| hook(state, version)))
+    }
+
+    /// Run the `committed` hooks: those of structs in field order, sent or not, then of subsections,
+    /// last the one of this description.
+    ///
+    /// # Errors
+    /// A hook failed; those after it do not run.
+    pub fn run_committed(&self, state: &mut T) -> Result<(), DeviceError> {
+        for entry in &self.fields {
+            let told = entry.access.committed(state);
+            told.map_err(|error| error.inside(&entry.name))?;
+        }
+        for subsection in &self.subsections {
+            let told = subsection.committed(state);
+            told.map_err(|error| error.inside(subsection.name()))?;
+        }
+        self.run("committed", self.hooks.committed.map(|hook| hook(state)))
     }
 
     fn load_subsections(&self, state: &mut T, loader: &mut Loader<'_>) -> Result<(), DeviceError> {

@@ -18,6 +18,9 @@ pub(super) trait Subsection<T>: Send + Sync {
 
     fn load(&self, owner: &mut T, loader: &mut Loader<'_>, version: u32)
     -> Result<(), DeviceError>;
+
+    /// Tell it that it is in place.
+    fn committed(&self, owner: &mut T) -> Result<(), DeviceError>;
 }
 
 /// A field of its owner.
@@ -49,6 +52,10 @@ impl<T, S: VmState> Subsection<T> for FieldSubsection<T, S> {
         version: u32,
     ) -> Result<(), DeviceError> {
         (self.at)(owner).load(loader, version)
+    }
+
+    fn committed(&self, owner: &mut T) -> Result<(), DeviceError> {
+        (self.at)(owner).committed()
     }
 }
 
@@ -86,5 +93,9 @@ impl<T, V: View<T>> Subsection<T> for ViewSubsection<V> {
         view.load(loader, version)?;
         let put = view.put(owner, version);
         put.map_err(|error| loader.fault(error.to_string()))
+    }
+    /// It was put back, and is no more.
+    fn committed(&self, _: &mut T) -> Result<(), DeviceError> {
+        Ok(())
     }
 }
