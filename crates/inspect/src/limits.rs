@@ -13,6 +13,9 @@ pub const LIBVIRT_XML_BYTES_MAX: u32 = 128 << 20;
 /// Items of a report. PARTs of the same section are one, if nothing but other PARTs is between them.
 pub const REPORT_ITEMS_MAX: usize = 1 << 14;
 
+/// Devices of a report. Large machines have some hundred.
+pub const REPORT_DEVICES_MAX: usize = 1 << 14;
+
 /// Disks, or bitmaps, of a report.
 pub const REPORT_NAMES_MAX: usize = 1 << 10;
 

@@ -452,24 +452,23 @@ impl<R: Read, V: Visitor> Walk<'_, R, V> {
         let mut lengths = None;
         if let Some((start, text)) = text {
             let parsed = VmDescription::parse(text);
-            lengths = parsed.as_ref().ok().cloned();
+            lengths = parsed.as_ref().ok().map(Layouts::of);
             self.described = Described::Told;
             let start = base.saturating_add(count(start));
             told(self.visitor.description(start, text, parsed))?;
         }
+        let is_described = lengths.is_some();
         let mut slice = Slice {
             decoder: &mut self.decoder,
             bytes: devices,
             base: self.base,
-            described: lengths
-                .as_ref()
-                .map(|lengths| (lengths, Layouts::of(lengths))),
+            described: lengths,
             found: search.found,
             visitor: self.visitor,
         };
         let used = match slice.walk(base.saturating_sub(self.base), Some(first))? {
             Walked::Short(used) | Walked::Quit(used) => used,
-            Walked::Open(section) if lengths.is_some() => {
+            Walked::Open(section) if is_described => {
                 return Err(WalkError::EndNotFound {
                     offset: self.base.saturating_add(self.decoder.offset()),
                     section: section.name,
@@ -629,7 +628,7 @@ struct Slice<'a, V> {
     bytes: &'a [u8],
     /// Where the decoder's first byte stands in the input.
     base: u64,
-    described: Option<(&'a VmDescription, Layouts<'a>)>,
+    described: Option<Layouts>,
     /// Lengths of the first bodies, as they were guessed.
     found: VecDeque<usize>,
     visitor: &'a mut V,
@@ -723,9 +722,9 @@ impl<V: Visitor> Slice<'_, V> {
     fn body_bytes(&mut self, section: &Section, rest: &[u8]) -> Option<(usize, Found)> {
         let guessed = self.found.pop_front();
         let footers = self.decoder.footers() != Some(false);
-        let described = self.described.as_mut().and_then(|(description, layouts)| {
-            let layout = description.devices.get(layouts.next(section)?)?;
-            usize::try_from(layout.wire_bytes()).ok()
+        let described = self.described.as_mut().and_then(|layouts| {
+            let layout = layouts.next(section)?;
+            usize::try_from(layout.bytes).ok()
         });
         let is_right = |length: usize| {
             let behind = rest.get(length..).unwrap_or_default();

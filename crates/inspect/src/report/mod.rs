@@ -35,7 +35,7 @@ pub struct Report {
     pub items: Vec<Item>,
     /// Items that were left out behind the last.
     pub items_left_out: u64,
-    /// The devices, in stream order.
+    /// The devices, in stream order; at most [`crate::limits::REPORT_DEVICES_MAX`].
     pub devices: Vec<DeviceReport>,
     /// Guest memory.
     pub ram: RamSummary,
@@ -235,6 +235,6 @@ impl Report {
 fn place_in_description(devices: &mut [DeviceReport], description: &VmDescription) {
     let mut layouts = Layouts::of(description);
     for device in devices {
-        device.described_as = layouts.next(&device.section);
+        device.described_as = layouts.next(&device.section).map(|layout| layout.place);
     }
 }

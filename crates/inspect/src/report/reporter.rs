@@ -9,7 +9,9 @@ use super::{
     DescriptionSource, DeviceReport, Item, ItemKind, Problem, Report, place_in_description,
 };
 use crate::container::Container;
-use crate::limits::{HELD_BYTES_MAX, PROBLEMS_MAX, REPORT_ITEMS_MAX, REPORT_NAMES_MAX};
+use crate::limits::{
+    HELD_BYTES_MAX, PROBLEMS_MAX, REPORT_DEVICES_MAX, REPORT_ITEMS_MAX, REPORT_NAMES_MAX,
+};
 use crate::walk::{Body, Finish, VisitError, Visitor, WalkError};
 
 /// Live sections whose PARTs are counted together although they take turns.
@@ -25,6 +27,7 @@ pub(super) struct Reporter {
     items: Vec<Item>,
     items_left_out: u64,
     devices: Vec<DeviceReport>,
+    has_too_many_devices: bool,
     /// Bytes of device state that can still be kept.
     keep_bytes: usize,
     ram: RamTally,
@@ -54,6 +57,7 @@ impl Default for Reporter {
             items: Vec::new(),
             items_left_out: 0,
             devices: Vec::new(),
+            has_too_many_devices: false,
             keep_bytes: HELD_BYTES_MAX,
             ram: RamTally::default(),
             disks: Disks::default(),
@@ -292,6 +296,16 @@ impl Visitor for Reporter {
     }
 
     fn device(&mut self, body: Body<'_>) -> Result<(), VisitError> {
+        if self.devices.len() >= REPORT_DEVICES_MAX {
+            if !self.has_too_many_devices {
+                self.has_too_many_devices = true;
+                self.problem(
+                    body.offset,
+                    format!("more than {REPORT_DEVICES_MAX} devices"),
+                );
+            }
+            return Ok(());
+        }
         let kept = self.keep_bytes.checked_sub(body.bytes.len());
         self.keep_bytes = kept.unwrap_or(self.keep_bytes);
         if let Some((_, kind)) = &mut self.item

@@ -3,6 +3,7 @@
 
 mod captures;
 mod flips;
+mod hostile;
 mod memory;
 mod truncations;
 
