@@ -24,7 +24,8 @@ use vmferry_block_migration::{
 use vmferry_channel::{Channel, ChannelError, Reader, Writer};
 use vmferry_disk::{InUse, Lease, Node};
 use vmferry_savevm::{
-    Incoming, LoadError, LoadMachine, LoadOptions, LoadStep, Machine, Owner, Registration, Registry,
+    Incoming, LoadError, LoadMachine, LoadOptions, LoadStep, Machine, Owner, Registration,
+    Registry, load_cleanup,
 };
 use vmferry_stream::return_path::ReturnMessage;
 use vmferry_stream::{Command, Ending, Record as StreamRecord};
@@ -188,8 +189,11 @@ pub fn receive<'a>(
         writer,
         open: false,
     };
-    let result = Loading::new(reader, job, published, peer)
-        .and_then(|mut loading| loading.run(&mut answers));
+    let result = Loading::new(reader, job, published, peer).and_then(|mut loading| {
+        let result = loading.run(&mut answers);
+        load_cleanup(&mut loading.registry);
+        result
+    });
     match &result {
         Ok(_) => published.update(|status| {
             status.state = State::Completed;
