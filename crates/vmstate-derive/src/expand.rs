@@ -88,7 +88,7 @@ fn implementation(
             fn table() -> &'static ::vmferry_vmstate::Table<Self> {
                 static TABLE: ::std::sync::OnceLock<::vmferry_vmstate::Table<#ident>> =
                     ::std::sync::OnceLock::new();
-                TABLE.get_or_init(|| {
+                ::vmferry_vmstate::Table::once(&TABLE, || {
                     ::vmferry_vmstate::Table::<Self>::new(#name, #version, #minimum_version)
                         #(#calls)*
                         #unmigratable

@@ -2,6 +2,7 @@
 
 mod field;
 mod list;
+mod once;
 mod sequence;
 mod subsection;
 
