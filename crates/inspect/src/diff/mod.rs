@@ -72,6 +72,15 @@ pub enum Sides {
     Words(String, String),
     /// Fields of plain values.
     Fields(SavedField, SavedField),
+    /// Buffers of the same length.
+    Bytes {
+        /// Bytes that differ.
+        differ: usize,
+        /// Length of both.
+        bytes: usize,
+        /// Where the first one stands in the buffer.
+        first_at: usize,
+    },
     /// More elements of the same array differ.
     MoreElements(usize),
     /// Content of memory or of a disk.
@@ -187,16 +196,15 @@ impl Comparison {
     fn devices(&mut self, first: &Report, second: &Report) {
         /// By name, instance, and which of several sections of both: some devices have that.
         fn named(report: &Report) -> BTreeMap<(String, u32, u32), &DeviceReport> {
-            let mut named = BTreeMap::new();
-            for device in &report.devices {
+            let mut times = BTreeMap::new();
+            let devices = report.devices.iter().map(|device| {
                 let section = &device.section;
-                let mut key = (section.name.to_string(), section.instance.0, 0_u32);
-                while named.contains_key(&key) {
-                    key.2 = key.2.saturating_add(1);
-                }
-                named.insert(key, device);
-            }
-            named
+                let key = (section.name.to_string(), section.instance.0);
+                let time = times.entry(key.clone()).or_insert(0_u32);
+                *time = time.saturating_add(1);
+                ((key.0, key.1, *time), device)
+            });
+            devices.collect()
         }
         for ((name, instance, _), pair) in pairs(named(first), named(second)) {
             if name == CLOCK_SECTION && !self.options.clocks {
@@ -209,19 +217,19 @@ impl Comparison {
             };
             let version = |device: &DeviceReport| format!("version {}", device.section.version);
             self.words(&version(one), &version(other));
-            self.device(&first.state(one), &second.state(other), one, other);
+            self.device(first.state(one), second.state(other), one, other);
         }
     }
 
     fn device(
         &mut self,
-        first: &DeviceState,
-        second: &DeviceState,
+        first: DeviceState,
+        second: DeviceState,
         one: &DeviceReport,
         other: &DeviceReport,
     ) {
-        let described = |state: &DeviceState| match state {
-            DeviceState::Decoded(body) | DeviceState::Broken(body, _) => Some(body.clone()),
+        let described = |state| match state {
+            DeviceState::Decoded(body) | DeviceState::Broken(body, _) => Some(body),
             DeviceState::Undescribed | DeviceState::NotKept => None,
         };
         match (described(first), described(second)) {
@@ -229,25 +237,27 @@ impl Comparison {
                 self.states(&first, &second);
             }
             // Bytes are all there is to compare.
-            _ if one.body == other.body && one.body.is_some() => {}
-            _ => {
-                let bytes = |device: &DeviceReport| match &device.body {
-                    Some(body) => format!("{} bytes, not described", body.len()),
-                    None => format!("{} bytes, not kept", device.bytes),
-                };
-                let (one, other) = (bytes(one), bytes(other));
-                let differ = if one == other { "other content" } else { "" };
-                let second = format!("{other} {differ}");
-                self.tell(Sides::Words(one, second.trim_end().to_owned()));
-            }
+            _ => match (&one.body, &other.body) {
+                (Some(one), Some(other)) if one.len() == other.len() => self.bytes(one, other),
+                _ => {
+                    let bytes = |device: &DeviceReport| match &device.body {
+                        Some(body) => format!("{} bytes, not described", body.len()),
+                        None => format!("{} bytes, not kept", device.bytes),
+                    };
+                    self.words(&bytes(one), &bytes(other));
+                }
+            },
         }
     }
 
     fn states(&mut self, first: &SavedState, second: &SavedState) {
         let title = |state: &SavedState| format!("{} version {}", state.name, state.version);
         self.words(&title(first), &title(second));
-        for (name, pair) in pairs(fields(first), fields(second)) {
-            self.path.push(name);
+        for ((name, time), pair) in pairs(fields(first), fields(second)) {
+            self.path.push(match time {
+                1 => name,
+                time => format!("{name} #{time}"),
+            });
             if let Some((first, second)) = self.both(pair) {
                 self.fields(first, second);
             }
@@ -293,6 +303,12 @@ impl Comparison {
                 if !self.options.clocks
                     && &*first.name == RTC_MEMORY
                     && without_time(one) == without_time(other) => {}
+            (Content::Plain { bytes: one, .. }, Content::Plain { bytes: other, .. })
+                if first.holds_bytes() && second.holds_bytes() && one.len() == other.len() =>
+            {
+                self.bytes(one, other);
+            }
+            (Content::Tree(one), Content::Tree(other)) => self.trees(one, other),
             (Content::Plain { count: one, .. }, Content::Plain { count: other, .. })
                 if first.shape == Shape::Array && one == other =>
             {
@@ -323,20 +339,53 @@ impl Comparison {
         };
         let size = first.element_bytes().max(1);
         let pairs = one.chunks(size).zip(other.chunks(size)).enumerate();
-        let differ: Vec<_> = pairs.filter(|(_, (one, other))| one != other).collect();
-        for (k, (one, other)) in differ.iter().take(ELEMENTS_MAX) {
+        let mut differ = pairs.filter(|(_, (one, other))| one != other);
+        for (k, (one, other)) in differ.by_ref().take(ELEMENTS_MAX) {
             let element = |bytes: &[u8]| SavedField {
+                name: first.name.clone(),
+                kind: first.kind.clone(),
                 shape: Shape::One,
                 content: Content::plain(bytes),
-                ..first.clone()
             };
             self.path.push(format!("[{k}]"));
             self.tell(Sides::Fields(element(one), element(other)));
             self.path.pop();
         }
-        let more = differ.len().saturating_sub(ELEMENTS_MAX);
-        if more > 0 {
-            self.tell(Sides::MoreElements(more));
+        match differ.count() {
+            0 => {}
+            more => self.tell(Sides::MoreElements(more)),
+        }
+    }
+
+    /// Tell where two buffers of one length differ.
+    fn bytes(&mut self, one: &[u8], other: &[u8]) {
+        let pairs = one.iter().zip(other).enumerate();
+        let mut differ = pairs.filter(|(_, (one, other))| one != other);
+        if let Some((first_at, _)) = differ.next() {
+            self.tell(Sides::Bytes {
+                differ: differ.count().saturating_add(1),
+                bytes: one.len(),
+                first_at,
+            });
+        }
+    }
+
+    /// Nodes of trees are matched by their keys.
+    fn trees(&mut self, one: &[(Content, SavedState)], other: &[(Content, SavedState)]) {
+        fn named(nodes: &[(Content, SavedState)]) -> BTreeMap<Vec<u8>, &SavedState> {
+            let nodes = nodes.iter().map(|(key, value)| {
+                let mut name = Vec::new();
+                key.encode(&mut name);
+                (name, value)
+            });
+            nodes.collect()
+        }
+        for (k, (_, pair)) in pairs(named(one), named(other)).into_iter().enumerate() {
+            self.path.push(format!("[{k}]"));
+            if let Some((one, other)) = self.both(pair) {
+                self.states(one, other);
+            }
+            self.path.pop();
         }
     }
 
@@ -357,23 +406,19 @@ impl Comparison {
     }
 }
 
-/// The fields of a state by name and place; the same name again gets a number.
-fn fields(state: &SavedState) -> BTreeMap<String, &SavedField> {
-    let mut named = BTreeMap::new();
-    for field in &state.fields {
+/// The fields of a state by name, place in an array, and which of several they are.
+fn fields(state: &SavedState) -> BTreeMap<(String, u32), &SavedField> {
+    let mut times = BTreeMap::new();
+    let fields = state.fields.iter().map(|field| {
         let name = match field.shape {
             Shape::Element { index, .. } => format!("{}[{index}]", field.name),
             Shape::One | Shape::Array => field.name.to_string(),
         };
-        let mut unique = name.clone();
-        let mut again = 1_u32;
-        while named.contains_key(&unique) {
-            again = again.saturating_add(1);
-            unique = format!("{name} #{again}");
-        }
-        named.insert(unique, field);
-    }
-    named
+        let time = times.entry(name.clone()).or_insert(0_u32);
+        *time = time.saturating_add(1);
+        ((name, *time), field)
+    });
+    fields.collect()
 }
 
 fn is_clock(field: &SavedField) -> bool {

@@ -40,7 +40,7 @@ pub(crate) fn run(flags: &DiffFlags) -> Result<Exit, Failure> {
     }
     let mut out = output::stdout();
     if flags.json {
-        render::write_json(&mut out, &render::diff::object(&found))?;
+        render::write_json(&mut out, &render::diff::DiffJson(&found))?;
     } else {
         let mut text = std::io::BufWriter::new(&mut out);
         render::diff::lines(&found, Palette::for_stdout(), &mut text)?;

@@ -28,7 +28,11 @@ pub(crate) fn run(flags: &InspectFlags) -> Result<Exit, Failure> {
     };
     let mut out = output::stdout();
     if flags.json {
-        render::write_json(&mut out, &render::inspect_json::object(&report, &shown))?;
+        let object = render::inspect_json::ReportJson {
+            report: &report,
+            shown: &shown,
+        };
+        render::write_json(&mut out, &object)?;
     } else {
         let mut text = std::io::BufWriter::new(&mut out);
         render::inspect::tree(&report, &shown, Palette::for_stdout(), &mut text)?;

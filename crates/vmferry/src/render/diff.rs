@@ -2,9 +2,9 @@
 
 use std::io::{self, Write};
 
-use serde_json::{Value as Json, json};
+use serde::ser::{Serialize, SerializeMap, Serializer};
 use vmferry_inspect::diff::{Difference, Sides};
-use vmferry_vmstate::{Content, SavedField};
+use vmferry_stream::Shown as Escaped;
 
 use super::style::Palette;
 use super::{count, value};
@@ -19,18 +19,18 @@ pub(crate) fn lines(
     for difference in found {
         if difference.part != part {
             part = &difference.part;
-            writeln!(out, "{}", palette.name(part))?;
+            writeln!(out, "{}", palette.name(Escaped(part)))?;
         }
         let field = match difference.field.as_str() {
             "" => String::new(),
-            field => format!("{}: ", field.escape_debug()),
+            field => format!("{}: ", Escaped(field)),
         };
         let arrow = palette.faint("→");
         match &difference.sides {
             Sides::OnlyFirst => writeln!(out, "  {field}{}", palette.bad("only in the first"))?,
             Sides::OnlySecond => writeln!(out, "  {field}{}", palette.good("only in the second"))?,
             Sides::Words(one, other) => {
-                let (one, other) = (one.escape_debug(), other.escape_debug());
+                let (one, other) = (Escaped(one), Escaped(other));
                 writeln!(
                     out,
                     "  {field}{} {arrow} {}",
@@ -39,19 +39,19 @@ pub(crate) fn lines(
                 )?;
             }
             Sides::Fields(one, other) => {
-                if let Some(place) = place(one, other) {
-                    writeln!(out, "  {field}{place}")?;
-                } else {
-                    let (one, other) = (value::line(one), value::line(other));
-                    let (one, other) = (one.unwrap_or_default(), other.unwrap_or_default());
-                    writeln!(
-                        out,
-                        "  {field}{} {arrow} {}",
-                        palette.bad(one),
-                        palette.good(other)
-                    )?;
-                }
+                let (one, other) = (value::line(one), value::line(other));
+                let one = palette.bad(one.unwrap_or_default());
+                let other = palette.good(other.unwrap_or_default());
+                writeln!(out, "  {field}{one} {arrow} {other}")?;
             }
+            Sides::Bytes {
+                differ,
+                bytes,
+                first_at,
+            } => writeln!(
+                out,
+                "  {field}{differ} of {bytes} bytes differ, the first at {first_at:#x}"
+            )?,
             Sides::Contents {
                 units,
                 unit_bytes,
@@ -73,72 +73,75 @@ pub(crate) fn lines(
     Ok(())
 }
 
-/// Where two buffers of the same length differ; their bytes are not shown.
-fn place(one: &SavedField, other: &SavedField) -> Option<String> {
-    let (
-        Content::Plain {
-            bytes: one_bytes, ..
-        },
-        Content::Plain {
-            bytes: other_bytes, ..
-        },
-    ) = (&one.content, &other.content)
-    else {
-        return None;
-    };
-    if !value::is_bytes(one) || one_bytes.len() != other_bytes.len() {
-        return None;
+/// All differences as one object.
+pub(crate) struct DiffJson<'a>(pub(crate) &'a [Difference]);
+
+impl Serialize for DiffJson<'_> {
+    fn serialize<S: Serializer>(&self, out: S) -> Result<S::Ok, S::Error> {
+        let mut map = out.serialize_map(Some(1))?;
+        map.serialize_entry("differences", &Differences(self.0))?;
+        map.end()
     }
-    let pairs = one_bytes.iter().zip(other_bytes).enumerate();
-    let mut differ = pairs
-        .filter(|(_, (one, other))| one != other)
-        .map(|(place, _)| place);
-    let first = differ.next()?;
-    let many = differ.count() + 1;
-    Some(format!(
-        "{many} of {} bytes differ, the first at {first:#x}",
-        one_bytes.len()
-    ))
 }
 
-/// All differences as one object.
-pub(crate) fn object(found: &[Difference]) -> Json {
-    let differences = found.iter().map(|difference| {
-        let (first, second) = match &difference.sides {
-            Sides::OnlyFirst => (json!(true), json!(false)),
-            Sides::OnlySecond => (json!(false), json!(true)),
-            Sides::Words(one, other) => (json!(one), json!(other)),
-            Sides::Fields(one, other) => (
-                value::json(one, false).unwrap_or_default(),
-                value::json(other, false).unwrap_or_default(),
-            ),
-            Sides::MoreElements(more) => (json!(more), json!(more)),
-            Sides::Contents { .. } => (Json::Null, Json::Null),
-        };
-        let mut object = json!({
-            "part": difference.part,
-            "field": difference.field,
-            "kind": match difference.sides {
-                Sides::OnlyFirst => "only-first",
-                Sides::OnlySecond => "only-second",
-                Sides::Words(..) | Sides::Fields(..) => "changed",
-                Sides::MoreElements(_) => "more-elements",
-                Sides::Contents { .. } => "contents",
-            },
-            "first": first,
-            "second": second,
-        });
-        if let Sides::Contents {
-            units,
-            unit_bytes,
-            first_at,
-        } = &difference.sides
-        {
-            object["units"] = json!(units);
-            object["unit_bytes"] = json!(unit_bytes);
-            object["first_at"] = json!(first_at);
+struct Differences<'a>(&'a [Difference]);
+
+impl Serialize for Differences<'_> {
+    fn serialize<S: Serializer>(&self, out: S) -> Result<S::Ok, S::Error> {
+        out.collect_seq(self.0.iter().map(DifferenceJson))
+    }
+}
+
+struct DifferenceJson<'a>(&'a Difference);
+
+impl Serialize for DifferenceJson<'_> {
+    fn serialize<S: Serializer>(&self, out: S) -> Result<S::Ok, S::Error> {
+        let Self(difference) = self;
+        let mut map = out.serialize_map(None)?;
+        map.serialize_entry("part", &difference.part)?;
+        map.serialize_entry("field", &difference.field)?;
+        match &difference.sides {
+            Sides::OnlyFirst => map.serialize_entry("kind", "only-first")?,
+            Sides::OnlySecond => map.serialize_entry("kind", "only-second")?,
+            Sides::Words(first, second) => {
+                map.serialize_entry("kind", "changed")?;
+                map.serialize_entry("first", first)?;
+                map.serialize_entry("second", second)?;
+            }
+            Sides::Fields(first, second) => {
+                let plain = |field| value::PlainJson {
+                    field,
+                    with_bytes: false,
+                };
+                map.serialize_entry("kind", "changed")?;
+                map.serialize_entry("first", &plain(first))?;
+                map.serialize_entry("second", &plain(second))?;
+            }
+            Sides::Bytes {
+                differ,
+                bytes,
+                first_at,
+            } => {
+                map.serialize_entry("kind", "bytes")?;
+                map.serialize_entry("differ", differ)?;
+                map.serialize_entry("bytes", bytes)?;
+                map.serialize_entry("first_at", first_at)?;
+            }
+            Sides::MoreElements(more) => {
+                map.serialize_entry("kind", "more-elements")?;
+                map.serialize_entry("differ", more)?;
+            }
+            Sides::Contents {
+                units,
+                unit_bytes,
+                first_at,
+            } => {
+                map.serialize_entry("kind", "contents")?;
+                map.serialize_entry("units", units)?;
+                map.serialize_entry("unit_bytes", unit_bytes)?;
+                map.serialize_entry("first_at", first_at)?;
+            }
         }
-        object
-    });
-    json!({ "differences": differences.collect::<Vec<_>>() })
+        map.end()
+    }
 }

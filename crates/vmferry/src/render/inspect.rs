@@ -6,8 +6,8 @@ use vmferry_inspect::{
     Container, DescriptionSource, DeviceReport, DeviceState, Found, Item, ItemKind,
     RamBlockSummary, Report,
 };
-use vmferry_stream::{Configuration, Ending, Section, SectionKind};
-use vmferry_vmstate::{Content, SavedBody, SavedField, SavedState, Shape};
+use vmferry_stream::{Configuration, Ending, Section, SectionKind, Shown as Escaped};
+use vmferry_vmstate::{Content, Node, Part, SavedBody, SavedField, SavedState, Shape};
 
 use super::style::Palette;
 use super::{bytes, count, name, value};
@@ -228,7 +228,7 @@ impl<W: Write> Tree<'_, W> {
 
     fn body(&mut self, body: &SavedBody, offset: u64, depth: usize) -> io::Result<()> {
         match body {
-            SavedBody::Described(state) => self.state(state, offset, depth).map(drop),
+            SavedBody::Described(state) => self.state(state, offset, depth),
             SavedBody::OldStyle(data) => {
                 let text = format!("data  {}", bytes(data.len() as u64));
                 self.line(offset, depth, &text)?;
@@ -240,80 +240,76 @@ impl<W: Write> Tree<'_, W> {
         }
     }
 
-    /// Print fields and subsections; where they end.
-    fn state(&mut self, state: &SavedState, offset: u64, depth: usize) -> io::Result<u64> {
-        let names: Vec<_> = state.fields.iter().map(field_name).collect();
-        let widths = names.iter().map(|name| name.chars().count());
-        let width = widths.max().unwrap_or(0).min(NAME_WIDTH_MAX);
-        let mut at = offset;
-        for (field, name) in state.fields.iter().zip(&names) {
-            self.field(field, &format!("{name:<width$}"), at, depth)?;
-            at = at.saturating_add(field.content.wire_bytes() as u64);
+    fn state(&mut self, state: &SavedState, start: u64, depth: usize) -> io::Result<()> {
+        let names = state.fields.iter().map(field_name);
+        let width = names.map(|name| name.chars().count()).max();
+        let width = width.unwrap_or(0).min(NAME_WIDTH_MAX);
+        for part in state.parts(start) {
+            match part {
+                Part::Field(at, field) => self.field(field, width, at, depth)?,
+                Part::Subsection(at, state) => {
+                    let header = state.subsection_header_bytes() as u64;
+                    let text = format!("subsection {}", title(state));
+                    self.line(at.saturating_sub(header), depth, &text)?;
+                    self.state(state, at, depth + 1)?;
+                }
+            }
         }
-        for subsection in &state.subsections {
-            let text = format!(
-                "subsection {} version {}",
-                subsection.name, subsection.version
-            );
-            self.line(at, depth, &text)?;
-            let header = subsection.name.len().saturating_add(6) as u64;
-            at = self.state(subsection, at.saturating_add(header), depth + 1)?;
-        }
-        Ok(at)
+        Ok(())
     }
 
-    fn field(&mut self, field: &SavedField, name: &str, at: u64, depth: usize) -> io::Result<()> {
-        let kind = format!("{:<13}", field.kind.as_str().escape_debug().to_string());
-        let kind = self.palette.faint(kind).to_string();
+    fn field(&mut self, field: &SavedField, width: usize, at: u64, depth: usize) -> io::Result<()> {
+        let kind = Escaped(field.kind.as_str());
+        let kind = self.palette.faint(format!("{kind:<13}")).to_string();
+        let start = format!("{:<width$}  {kind}", field_name(field));
         match &field.content {
             Content::Plain { bytes, .. } => {
                 let text = value::line(field).unwrap_or_default();
-                self.line(at, depth, &format!("{name}  {kind} {text}"))?;
-                if self.shown.hex && value::is_bytes(field) {
+                self.line(at, depth, &format!("{start} {text}"))?;
+                if self.shown.hex && field.holds_bytes() {
                     self.hex(bytes, depth + 1)?;
                 }
                 Ok(())
             }
-            Content::Structs(states) | Content::List(states) => {
-                let is_list = matches!(field.content, Content::List(_));
-                if is_list || states.len() != 1 {
-                    let text = format!("{name}  {kind} {}", count(states.len() as u64, "element"));
-                    self.line(at, depth, &text)?;
+            Content::Structs(states) if states.len() == 1 => {
+                for (at, state) in field.content.states(at) {
+                    self.line(at, depth, &format!("{start} {}", title(state)))?;
+                    self.state(state, at, depth + 1)?;
                 }
-                let mut at = at;
-                for (k, state) in states.iter().enumerate() {
-                    let text = format!("{} version {}", state.name, state.version);
-                    match is_list || states.len() != 1 {
-                        true => self.line(at, depth + 1, &format!("[{k}] {text}"))?,
-                        false => self.line(at, depth, &format!("{name}  {kind} {text}"))?,
-                    }
-                    let deeper = depth + if is_list || states.len() != 1 { 2 } else { 1 };
-                    at = self.state(state, at.saturating_add(u64::from(is_list)), deeper)?;
+                Ok(())
+            }
+            Content::Structs(states) | Content::List(states) => {
+                let elements = count(states.len() as u64, "element");
+                self.line(at, depth, &format!("{start} {elements}"))?;
+                for (k, (at, state)) in field.content.states(at).enumerate() {
+                    self.line(at, depth + 1, &format!("[{k}] {}", title(state)))?;
+                    self.state(state, at, depth + 2)?;
                 }
                 Ok(())
             }
             Content::Tree(nodes) => {
-                let text = format!("{name}  {kind} {}", count(nodes.len() as u64, "node"));
-                self.line(at, depth, &text)?;
-                // Behind the number of nodes and the first node's mark.
-                let mut at = at.saturating_add(5);
-                for (key, state) in nodes {
-                    let key_text = match key {
-                        Content::Plain { bytes, .. } => format!("0x{}", value::hex(bytes)),
-                        _ => "key".to_owned(),
-                    };
-                    self.line(at, depth + 1, &format!("{key_text}: {}", state.name))?;
-                    at = at.saturating_add(key.wire_bytes() as u64);
-                    if let Content::Structs(keys) = key {
-                        for key in keys {
-                            self.state(key, at, depth + 2)?;
-                        }
-                    }
-                    at = self.state(state, at, depth + 2)?.saturating_add(1);
+                let nodes = count(nodes.len() as u64, "node");
+                self.line(at, depth, &format!("{start} {nodes}"))?;
+                for node in field.content.nodes(at) {
+                    self.node(&node, depth + 1)?;
                 }
                 Ok(())
             }
         }
+    }
+
+    /// A node of a tree: its key, then its value.
+    fn node(&mut self, node: &Node<'_>, depth: usize) -> io::Result<()> {
+        let key = match node.key {
+            Content::Plain { bytes, .. } => format!("0x{}", value::hex(bytes)),
+            _ => "key".to_owned(),
+        };
+        self.line(node.key_at, depth, &format!("{key}: {}", title(node.value)))?;
+        for (at, key) in node.key.states(node.key_at) {
+            self.line(at, depth + 1, &format!("key {}", title(key)))?;
+            self.state(key, at, depth + 2)?;
+        }
+        self.state(node.value, node.value_at, depth + 1)
     }
 
     /// A line of the tree, with its place in the input if that is wanted.
@@ -524,10 +520,14 @@ fn ram_line(block: &RamBlockSummary) -> String {
 
 /// Name of a field, with its place in its array or the array's length.
 fn field_name(field: &SavedField) -> String {
-    let name = field.name.escape_debug();
+    let name = Escaped(&field.name);
     match field.shape {
         Shape::One => name.to_string(),
         Shape::Array => format!("{name}[{}]", field.content.count()),
         Shape::Element { index, .. } => format!("{name}[{index}]"),
     }
+}
+
+fn title(state: &SavedState) -> String {
+    format!("{} version {}", Escaped(&state.name), state.version)
 }

@@ -1,72 +1,365 @@
-//! What is in a stream, as JSON.
+//! What is in a stream, as JSON. It is written piece by piece: devices may hold much.
 
-use serde_json::{Map, Value as Json, json};
+use serde::ser::{Serialize, SerializeMap, Serializer};
+use serde_json::{Value as Json, json};
 use vmferry_inspect::{
     Container, DescriptionSource, DeviceReport, DeviceState, Found, Item, ItemKind, Report,
 };
 use vmferry_stream::{Section, SectionKind};
-use vmferry_vmstate::{Content, SavedBody, SavedField, SavedState, Shape};
+use vmferry_vmstate::{BodyError, Content, Node, Part, SavedBody, SavedField, SavedState, Shape};
 
 use super::inspect::{Shown, notes};
-use super::name;
-use super::value;
+use super::{name, value};
 use crate::flags::device_glob;
 
 /// The report as one object. With devices chosen only these are in it.
-pub(crate) fn object(report: &Report, shown: &Shown) -> Json {
-    let devices = report.items.iter().filter_map(|item| match item.kind {
-        ItemKind::Device(place) => Some((item, report.devices.get(place)?)),
-        _ => None,
-    });
-    if !shown.devices.is_empty() {
-        let chosen = devices
-            .filter(|(_, device)| device_glob::chosen(&shown.devices, &device.section.name))
-            .map(|(item, device)| device_json(report, device, item, shown));
-        return json!({ "devices": chosen.collect::<Vec<_>>() });
-    }
-    let mut object = Map::new();
-    let mut put = |key: &str, value: Json| {
-        object.insert(key.to_owned(), value);
-    };
-    put("machine", json!(report.machine().map(name::shown)));
-    put("run_state", json!(report.run_state()));
-    put("container", container(report));
-    put("start", json!(report.start));
-    put("footers", json!(report.footers));
-    put("complete", json!(report.end.is_ok()));
-    match &report.end {
-        Ok(finish) => put("bytes", json!(finish.bytes)),
-        Err(error) => put("error", json!(name::message(&error.to_string()))),
-    }
-    put(
-        "description",
-        json!(match report.description_is {
+pub(crate) struct ReportJson<'a> {
+    pub(crate) report: &'a Report,
+    pub(crate) shown: &'a Shown,
+}
+
+impl Serialize for ReportJson<'_> {
+    fn serialize<S: Serializer>(&self, out: S) -> Result<S::Ok, S::Error> {
+        let (report, shown) = (self.report, self.shown);
+        let mut map = out.serialize_map(None)?;
+        if !shown.devices.is_empty() {
+            map.serialize_entry("devices", &Chosen(self))?;
+            return map.end();
+        }
+        map.serialize_entry("machine", &report.machine().map(name::shown))?;
+        map.serialize_entry("run_state", &report.run_state())?;
+        map.serialize_entry("container", &container(report))?;
+        map.serialize_entry("start", &report.start)?;
+        map.serialize_entry("footers", &report.footers)?;
+        map.serialize_entry("complete", &report.end.is_ok())?;
+        match &report.end {
+            Ok(finish) => map.serialize_entry("bytes", &finish.bytes)?,
+            Err(error) => map.serialize_entry("error", &name::message(&error.to_string()))?,
+        }
+        let description = match report.description_is {
             DescriptionSource::Nowhere => "none",
             DescriptionSource::Stream => "stream",
             DescriptionSource::Elsewhere => "other",
-        }),
-    );
-    put("configuration", configuration(report));
-    let items = report
-        .items
-        .iter()
-        .map(|item| item_json(report, item, shown));
-    put("items", items.collect());
-    put("items_left_out", json!(report.items_left_out));
-    put("ram", ram(report));
-    put("disks", disks(report));
-    put("bitmaps", bitmaps(report));
-    put("notes", json!(notes(report)));
-    let problems = report.problems.iter().map(|problem| {
-        json!({
-            "offset": problem.offset,
-            "section": name::shown(&problem.section),
-            "problem": name::message(&problem.text),
-        })
-    });
-    put("problems", problems.collect());
-    put("problems_left_out", json!(report.problems_left_out));
-    Json::Object(object)
+        };
+        map.serialize_entry("description", description)?;
+        map.serialize_entry("configuration", &configuration(report))?;
+        map.serialize_entry("items", &Items(self))?;
+        map.serialize_entry("items_left_out", &report.items_left_out)?;
+        map.serialize_entry("ram", &ram(report))?;
+        map.serialize_entry("disks", &disks(report))?;
+        map.serialize_entry("bitmaps", &bitmaps(report))?;
+        map.serialize_entry("notes", &notes(report))?;
+        map.serialize_entry("problems", &problems(report))?;
+        map.serialize_entry("problems_left_out", &report.problems_left_out)?;
+        map.end()
+    }
+}
+
+/// All items in their order.
+struct Items<'a>(&'a ReportJson<'a>);
+
+impl Serialize for Items<'_> {
+    fn serialize<S: Serializer>(&self, out: S) -> Result<S::Ok, S::Error> {
+        let ReportJson { report, shown } = *self.0;
+        let items = report.items.iter();
+        out.collect_seq(items.map(|item| ItemJson {
+            report,
+            shown,
+            item,
+        }))
+    }
+}
+
+/// The devices that were asked for.
+struct Chosen<'a>(&'a ReportJson<'a>);
+
+impl Serialize for Chosen<'_> {
+    fn serialize<S: Serializer>(&self, out: S) -> Result<S::Ok, S::Error> {
+        let ReportJson { report, shown } = *self.0;
+        let chosen = report.items.iter().filter(|item| {
+            let device = device_of(report, item);
+            device.is_some_and(|it| device_glob::chosen(&shown.devices, &it.section.name))
+        });
+        out.collect_seq(chosen.map(|item| ItemJson {
+            report,
+            shown,
+            item,
+        }))
+    }
+}
+
+fn device_of<'a>(report: &'a Report, item: &Item) -> Option<&'a DeviceReport> {
+    match item.kind {
+        ItemKind::Device(place) => report.devices.get(place),
+        _ => None,
+    }
+}
+
+struct ItemJson<'a> {
+    report: &'a Report,
+    shown: &'a Shown,
+    item: &'a Item,
+}
+
+impl Serialize for ItemJson<'_> {
+    fn serialize<S: Serializer>(&self, out: S) -> Result<S::Ok, S::Error> {
+        let item = self.item;
+        let mut map = out.serialize_map(None)?;
+        match &item.kind {
+            ItemKind::Device(_) => {
+                if let Some(device) = device_of(self.report, item) {
+                    section_entries("device", &device.section, &mut map)?;
+                }
+            }
+            ItemKind::Section(section) => section_entries("section", section, &mut map)?,
+            ItemKind::Header => {
+                map.serialize_entry("kind", "header")?;
+                map.serialize_entry("version", &3)?;
+            }
+            ItemKind::Configuration => map.serialize_entry("kind", "configuration")?,
+            ItemKind::Command { name, detail } => {
+                map.serialize_entry("kind", "command")?;
+                map.serialize_entry("command", name)?;
+                map.serialize_entry("detail", detail)?;
+            }
+            ItemKind::Package => map.serialize_entry("kind", "package")?,
+            ItemKind::Eof => map.serialize_entry("kind", "eof")?,
+            ItemKind::Description => map.serialize_entry("kind", "description")?,
+        }
+        map.serialize_entry("offset", &item.offset)?;
+        map.serialize_entry("bytes", &item.bytes)?;
+        if item.count > 1 {
+            map.serialize_entry("count", &item.count)?;
+        }
+        if item.in_package {
+            map.serialize_entry("in_package", &true)?;
+        }
+        if let Some(device) = device_of(self.report, item) {
+            self.device_entries(device, &mut map)?;
+        }
+        map.end()
+    }
+}
+
+impl ItemJson<'_> {
+    fn device_entries<M: SerializeMap>(
+        &self,
+        device: &DeviceReport,
+        map: &mut M,
+    ) -> Result<(), M::Error> {
+        map.serialize_entry("body_offset", &device.offset)?;
+        map.serialize_entry("body_bytes", &device.bytes)?;
+        let found = match device.found {
+            Found::ByDescription => "description",
+            Found::ByFooter => "footer",
+            Found::ByNextHeader => "next-header",
+            Found::Cut => "cut",
+        };
+        map.serialize_entry("found", found)?;
+        match self.report.state(device) {
+            DeviceState::Decoded(body) => self.body_entries(&body, device, map),
+            DeviceState::Broken(body, error) => {
+                self.body_entries(&body, device, map)?;
+                map.serialize_entry("error", &error_json(device, &error))
+            }
+            DeviceState::Undescribed | DeviceState::NotKept => match &device.body {
+                Some(body) if self.shown.hex => map.serialize_entry("hex", &value::hex(body)),
+                _ => Ok(()),
+            },
+        }
+    }
+
+    fn body_entries<M: SerializeMap>(
+        &self,
+        body: &SavedBody,
+        device: &DeviceReport,
+        map: &mut M,
+    ) -> Result<(), M::Error> {
+        match body {
+            SavedBody::Described(state) => map.serialize_entry(
+                "state",
+                &StateJson {
+                    state,
+                    at: device.offset,
+                    shown: self.shown,
+                },
+            ),
+            SavedBody::OldStyle(data) => {
+                map.serialize_entry("data_bytes", &data.len())?;
+                if self.shown.hex {
+                    map.serialize_entry("hex", &value::hex(data))?;
+                }
+                Ok(())
+            }
+        }
+    }
+}
+
+fn section_entries<M: SerializeMap>(
+    kind: &str,
+    section: &Section,
+    map: &mut M,
+) -> Result<(), M::Error> {
+    let section_type = match section.kind {
+        SectionKind::Start => "START",
+        SectionKind::Part => "PART",
+        SectionKind::End => "END",
+        SectionKind::Full => "FULL",
+    };
+    map.serialize_entry("kind", kind)?;
+    map.serialize_entry("type", section_type)?;
+    map.serialize_entry("name", &name::shown(&section.name))?;
+    map.serialize_entry("instance", &section.instance.0)?;
+    map.serialize_entry("id", &section.id.0)?;
+    map.serialize_entry("version", &section.version)
+}
+
+fn error_json(device: &DeviceReport, error: &BodyError) -> Json {
+    json!({
+        "offset": device.offset.saturating_add(error.offset as u64),
+        "field": error.field,
+        "problem": error.fault.to_string(),
+    })
+}
+
+/// A state that starts at byte `at` of the input.
+struct StateJson<'a> {
+    state: &'a SavedState,
+    at: u64,
+    shown: &'a Shown,
+}
+
+impl Serialize for StateJson<'_> {
+    fn serialize<S: Serializer>(&self, out: S) -> Result<S::Ok, S::Error> {
+        let mut map = out.serialize_map(None)?;
+        map.serialize_entry("name", &*self.state.name)?;
+        map.serialize_entry("version", &self.state.version)?;
+        map.serialize_entry("fields", &Fields(self))?;
+        if !self.state.subsections.is_empty() {
+            map.serialize_entry("subsections", &Subsections(self))?;
+        }
+        map.end()
+    }
+}
+
+struct Fields<'a>(&'a StateJson<'a>);
+
+impl Serialize for Fields<'_> {
+    fn serialize<S: Serializer>(&self, out: S) -> Result<S::Ok, S::Error> {
+        let StateJson { state, at, shown } = *self.0;
+        out.collect_seq(state.parts(at).filter_map(|part| match part {
+            Part::Field(at, field) => Some(FieldJson { field, at, shown }),
+            Part::Subsection(..) => None,
+        }))
+    }
+}
+
+struct Subsections<'a>(&'a StateJson<'a>);
+
+impl Serialize for Subsections<'_> {
+    fn serialize<S: Serializer>(&self, out: S) -> Result<S::Ok, S::Error> {
+        let StateJson { state, at, shown } = *self.0;
+        out.collect_seq(state.parts(at).filter_map(|part| match part {
+            Part::Field(..) => None,
+            Part::Subsection(at, state) => Some(StateJson { state, at, shown }),
+        }))
+    }
+}
+
+/// A field that starts at byte `at` of the input.
+struct FieldJson<'a> {
+    field: &'a SavedField,
+    at: u64,
+    shown: &'a Shown,
+}
+
+impl Serialize for FieldJson<'_> {
+    fn serialize<S: Serializer>(&self, out: S) -> Result<S::Ok, S::Error> {
+        let field = self.field;
+        let mut map = out.serialize_map(None)?;
+        map.serialize_entry("name", &*field.name)?;
+        map.serialize_entry("type", field.kind.as_str())?;
+        if let Shape::Element { index, .. } = field.shape {
+            map.serialize_entry("index", &index)?;
+        }
+        if self.shown.offsets {
+            map.serialize_entry("offset", &self.at)?;
+        }
+        let states = States {
+            content: &field.content,
+            at: self.at,
+            shown: self.shown,
+        };
+        match &field.content {
+            Content::Plain { .. } => map.serialize_entry(
+                "value",
+                &value::PlainJson {
+                    field,
+                    with_bytes: self.shown.hex,
+                },
+            )?,
+            Content::Structs(_) => map.serialize_entry("structs", &states)?,
+            Content::List(_) => map.serialize_entry("list", &states)?,
+            Content::Tree(_) => map.serialize_entry("tree", &Nodes(&states))?,
+        }
+        map.end()
+    }
+}
+
+/// What is inside a field that starts at byte `at` of the input.
+struct States<'a> {
+    content: &'a Content,
+    at: u64,
+    shown: &'a Shown,
+}
+
+impl Serialize for States<'_> {
+    fn serialize<S: Serializer>(&self, out: S) -> Result<S::Ok, S::Error> {
+        let shown = self.shown;
+        let states = self.content.states(self.at);
+        out.collect_seq(states.map(|(at, state)| StateJson { state, at, shown }))
+    }
+}
+
+struct Nodes<'a>(&'a States<'a>);
+
+impl Serialize for Nodes<'_> {
+    fn serialize<S: Serializer>(&self, out: S) -> Result<S::Ok, S::Error> {
+        let States { content, at, shown } = *self.0;
+        out.collect_seq(content.nodes(at).map(|node| NodeJson { node, shown }))
+    }
+}
+
+struct NodeJson<'a> {
+    node: Node<'a>,
+    shown: &'a Shown,
+}
+
+impl Serialize for NodeJson<'_> {
+    fn serialize<S: Serializer>(&self, out: S) -> Result<S::Ok, S::Error> {
+        let (node, shown) = (&self.node, self.shown);
+        let mut map = out.serialize_map(None)?;
+        match node.key {
+            Content::Plain { bytes, .. } => map.serialize_entry("key", &value::hex(bytes))?,
+            content => map.serialize_entry(
+                "key",
+                &States {
+                    content,
+                    at: node.key_at,
+                    shown,
+                },
+            )?,
+        }
+        map.serialize_entry(
+            "value",
+            &StateJson {
+                state: node.value,
+                at: node.value_at,
+                shown,
+            },
+        )?;
+        map.end()
+    }
 }
 
 fn container(report: &Report) -> Json {
@@ -96,167 +389,6 @@ fn configuration(report: &Report) -> Json {
                 "uuid": configuration.uuid.map(|uuid| value::hex(&uuid)),
             })
         })
-}
-
-fn item_json(report: &Report, item: &Item, shown: &Shown) -> Json {
-    let mut object = match &item.kind {
-        ItemKind::Device(place) => {
-            let device = report.devices.get(*place);
-            return device.map_or(Json::Null, |device| {
-                device_json(report, device, item, shown)
-            });
-        }
-        ItemKind::Header => json!({ "kind": "header", "version": 3 }),
-        ItemKind::Configuration => json!({ "kind": "configuration" }),
-        ItemKind::Section(section) => section_json("section", section),
-        ItemKind::Command { name, detail } => {
-            json!({ "kind": "command", "command": name, "detail": detail })
-        }
-        ItemKind::Package => json!({ "kind": "package" }),
-        ItemKind::Eof => json!({ "kind": "eof" }),
-        ItemKind::Description => json!({ "kind": "description" }),
-    };
-    place(&mut object, item);
-    object
-}
-
-fn place(object: &mut Json, item: &Item) {
-    object["offset"] = json!(item.offset);
-    object["bytes"] = json!(item.bytes);
-    if item.count > 1 {
-        object["count"] = json!(item.count);
-    }
-    if item.in_package {
-        object["in_package"] = json!(true);
-    }
-}
-
-fn section_json(kind: &str, section: &Section) -> Json {
-    json!({
-        "kind": kind,
-        "type": match section.kind {
-            SectionKind::Start => "START",
-            SectionKind::Part => "PART",
-            SectionKind::End => "END",
-            SectionKind::Full => "FULL",
-        },
-        "name": name::shown(&section.name),
-        "instance": section.instance.0,
-        "id": section.id.0,
-        "version": section.version,
-    })
-}
-
-fn device_json(report: &Report, device: &DeviceReport, item: &Item, shown: &Shown) -> Json {
-    let mut object = section_json("device", &device.section);
-    place(&mut object, item);
-    object["body_offset"] = json!(device.offset);
-    object["body_bytes"] = json!(device.bytes);
-    object["found"] = json!(match device.found {
-        Found::ByDescription => "description",
-        Found::ByFooter => "footer",
-        Found::ByNextHeader => "next-header",
-        Found::Cut => "cut",
-    });
-    match report.state(device) {
-        DeviceState::Decoded(body) => body_json(&body, device.offset, shown, &mut object),
-        DeviceState::Broken(body, error) => {
-            body_json(&body, device.offset, shown, &mut object);
-            object["error"] = json!({
-                "offset": device.offset.saturating_add(error.offset as u64),
-                "field": error.field,
-                "problem": error.fault.to_string(),
-            });
-        }
-        DeviceState::Undescribed | DeviceState::NotKept => {
-            if let (Some(body), true) = (&device.body, shown.hex) {
-                object["hex"] = json!(value::hex(body));
-            }
-        }
-    }
-    object
-}
-
-fn body_json(body: &SavedBody, offset: u64, shown: &Shown, object: &mut Json) {
-    match body {
-        SavedBody::Described(state) => {
-            object["state"] = state_json(state, offset, shown);
-        }
-        SavedBody::OldStyle(data) => {
-            object["data_bytes"] = json!(data.len());
-            if shown.hex {
-                object["hex"] = json!(value::hex(data));
-            }
-        }
-    }
-}
-
-fn state_json(state: &SavedState, offset: u64, shown: &Shown) -> Json {
-    let mut at = offset;
-    let fields = state.fields.iter().map(|field| {
-        let object = field_json(field, at, shown);
-        at = at.saturating_add(field.content.wire_bytes() as u64);
-        object
-    });
-    let fields: Vec<_> = fields.collect();
-    let subsections = state.subsections.iter().map(|subsection| {
-        let header = subsection.name.len().saturating_add(6) as u64;
-        let object = state_json(subsection, at.saturating_add(header), shown);
-        at = at
-            .saturating_add(header)
-            .saturating_add(subsection.wire_bytes() as u64);
-        object
-    });
-    let subsections: Vec<_> = subsections.collect();
-    let mut object = json!({ "name": &*state.name, "version": state.version, "fields": fields });
-    if !subsections.is_empty() {
-        object["subsections"] = json!(subsections);
-    }
-    object
-}
-
-fn field_json(field: &SavedField, offset: u64, shown: &Shown) -> Json {
-    let mut object = json!({ "name": &*field.name, "type": field.kind.as_str() });
-    if let Shape::Element { index, .. } = field.shape {
-        object["index"] = json!(index);
-    }
-    if shown.offsets {
-        object["offset"] = json!(offset);
-    }
-    // Each element of a list or tree has a mark in front of it, and a tree its number of nodes.
-    let states = |states: &[SavedState], mut at: u64, mark: u64| {
-        let states = states.iter().map(|state| {
-            at = at.saturating_add(mark);
-            let object = state_json(state, at, shown);
-            at = at.saturating_add(state.wire_bytes() as u64);
-            object
-        });
-        states.collect::<Vec<_>>()
-    };
-    match &field.content {
-        Content::Plain { .. } => {
-            object["value"] = value::json(field, shown.hex).unwrap_or(Json::Null);
-        }
-        Content::Structs(inner) => object["structs"] = json!(states(inner, offset, 0)),
-        Content::List(inner) => object["list"] = json!(states(inner, offset, 1)),
-        Content::Tree(nodes) => {
-            let mut at = offset.saturating_add(4);
-            let nodes = nodes.iter().map(|(key, state)| {
-                at = at.saturating_add(1);
-                let key_json = match key {
-                    Content::Plain { bytes, .. } => json!(value::hex(bytes)),
-                    Content::Structs(keys) => json!(states(keys, at, 0)),
-                    Content::List(_) | Content::Tree(_) => Json::Null,
-                };
-                at = at.saturating_add(key.wire_bytes() as u64);
-                let node = json!({ "key": key_json, "value": state_json(state, at, shown) });
-                at = at.saturating_add(state.wire_bytes() as u64);
-                node
-            });
-            object["tree"] = nodes.collect();
-        }
-    }
-    object
 }
 
 fn ram(report: &Report) -> Json {
@@ -315,4 +447,15 @@ fn bitmaps(report: &Report) -> Json {
         })
     });
     bitmaps.collect()
+}
+
+fn problems(report: &Report) -> Json {
+    let problems = report.problems.iter().map(|problem| {
+        json!({
+            "offset": problem.offset,
+            "section": name::shown(&problem.section),
+            "problem": name::message(&problem.text),
+        })
+    });
+    problems.collect()
 }

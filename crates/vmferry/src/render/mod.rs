@@ -16,6 +16,7 @@ mod value;
 use std::io::{self, IsTerminal, Write};
 use std::time::Duration;
 
+use serde::Serialize;
 use serde_json::{Value, json};
 use vmferry_channel::Uri;
 
@@ -109,8 +110,13 @@ impl Progress {
 }
 
 /// One object, one line, at once.
-pub(crate) fn write_json(out: &mut (impl Write + ?Sized), object: &Value) -> io::Result<()> {
-    writeln!(out, "{object}")?;
+pub(crate) fn write_json(
+    out: &mut (impl Write + ?Sized),
+    object: &impl Serialize,
+) -> io::Result<()> {
+    let mut out = io::BufWriter::new(out);
+    serde_json::to_writer(&mut out, object)?;
+    writeln!(out)?;
     out.flush()
 }
 

@@ -2,22 +2,20 @@
 
 use std::fmt::Write as _;
 
-use serde_json::{Value as Json, json};
-use vmferry_vmstate::{Content, SavedField, Value};
+use serde::ser::{Serialize, SerializeMap, Serializer};
+use vmferry_vmstate::{Content, SavedField, Shape, Value};
 
 /// Runs of equal elements that are shown of an array.
 const RUNS_SHOWN: usize = 8;
 /// Bytes in a line of a hex dump.
 const HEX_LINE_BYTES: usize = 16;
-/// Arrays of bytes that are longer are buffers to a reader.
-const BYTE_ARRAY_MAX: u32 = 32;
 
 /// A plain field on one line; nothing for structs, lists and trees. Bytes are counted, not shown.
 pub(crate) fn line(field: &SavedField) -> Option<String> {
     let Content::Plain { count, bytes } = &field.content else {
         return None;
     };
-    if is_bytes(field) {
+    if field.holds_bytes() {
         let zero = match bytes.iter().all(|byte| *byte == 0) {
             true if bytes.is_empty() => "",
             true => ", all zero",
@@ -65,40 +63,58 @@ pub(crate) fn scalar(value: Value<'_>) -> String {
     }
 }
 
-/// Is it bytes to a reader, rather than numbers?
-pub(crate) fn is_bytes(field: &SavedField) -> bool {
-    let Content::Plain { count, .. } = &field.content else {
-        return false;
-    };
-    let long = *count > BYTE_ARRAY_MAX && field.kind.as_str() == "uint8";
-    long || field
-        .values()
-        .any(|value| matches!(value, Value::Bytes(_)) && field.kind.as_str() != "bool")
-}
-
 /// A plain field as JSON: a value, or an array of them. Bytes are a string of hex digits where they
 /// are asked for, else their number.
-pub(crate) fn json(field: &SavedField, with_bytes: bool) -> Option<Json> {
-    let Content::Plain { bytes, .. } = &field.content else {
-        return None;
-    };
-    if is_bytes(field) {
-        return Some(match with_bytes {
-            true => json!(hex(bytes)),
-            false => json!({ "bytes": bytes.len(), "zero": bytes.iter().all(|byte| *byte == 0) }),
-        });
+pub(crate) struct PlainJson<'a> {
+    pub(crate) field: &'a SavedField,
+    pub(crate) with_bytes: bool,
+}
+
+impl Serialize for PlainJson<'_> {
+    fn serialize<S: Serializer>(&self, out: S) -> Result<S::Ok, S::Error> {
+        let field = self.field;
+        let Content::Plain { bytes, .. } = &field.content else {
+            return out.serialize_unit();
+        };
+        if field.holds_bytes() {
+            return match self.with_bytes {
+                true => out.collect_str(&hex(bytes)),
+                false => BytesJson(bytes).serialize(out),
+            };
+        }
+        let mut values = field.values().map(ValueJson);
+        match (field.shape, values.next()) {
+            (Shape::Array, _) => out.collect_seq(field.values().map(ValueJson)),
+            (_, Some(value)) => value.serialize(out),
+            (_, None) => out.serialize_unit(),
+        }
     }
-    let mut values = field.values().map(|value| match value {
-        Value::Bool(value) => json!(value),
-        Value::Int(value) => json!(value),
-        Value::Uint(value) => json!(value),
-        Value::Timer(expiry) => json!(expiry),
-        Value::Null => Json::Null,
-        Value::Bytes(bytes) => json!(hex(bytes)),
-    });
-    match field.shape {
-        vmferry_vmstate::Shape::Array => Some(values.collect()),
-        _ => values.next(),
+}
+
+/// Bytes that are not shown.
+struct BytesJson<'a>(&'a [u8]);
+
+impl Serialize for BytesJson<'_> {
+    fn serialize<S: Serializer>(&self, out: S) -> Result<S::Ok, S::Error> {
+        let mut map = out.serialize_map(None)?;
+        map.serialize_entry("bytes", &self.0.len())?;
+        map.serialize_entry("zero", &self.0.iter().all(|byte| *byte == 0))?;
+        map.end()
+    }
+}
+
+struct ValueJson<'a>(Value<'a>);
+
+impl Serialize for ValueJson<'_> {
+    fn serialize<S: Serializer>(&self, out: S) -> Result<S::Ok, S::Error> {
+        match self.0 {
+            Value::Bool(value) => out.serialize_bool(value),
+            Value::Int(value) => out.serialize_i64(value),
+            Value::Uint(value) => out.serialize_u64(value),
+            Value::Timer(expiry) => expiry.serialize(out),
+            Value::Null => out.serialize_unit(),
+            Value::Bytes(bytes) => out.collect_str(&hex(bytes)),
+        }
     }
 }
 
@@ -128,7 +144,7 @@ pub(crate) fn hex_lines(bytes: &[u8]) -> impl Iterator<Item = String> {
 
 #[cfg(test)]
 mod tests {
-    use vmferry_vmstate::{FieldType, Shape};
+    use vmferry_vmstate::FieldType;
 
     use super::*;
 
