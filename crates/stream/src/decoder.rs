@@ -168,7 +168,7 @@ pub struct Decoder {
     /// A package went by: nothing follows the EOF.
     postcopy: bool,
     described: bool,
-    /// START sections, for PART and END.
+    /// START sections, for PART and END; at most [`MAX_LIVE_SECTIONS`].
     live: BTreeMap<SectionId, Live>,
     /// The section that [`State::Body`] and [`State::Footer`] are about.
     open: Option<Section>,
@@ -521,6 +521,8 @@ impl Decoder {
 
     fn read_continued(&mut self, kind: SectionKind, reader: &mut Reader<'_>) -> Parse<Record> {
         let id = SectionId(reader.u32("section id")?);
+        // A QEMU would also go on with a section that was FULL. No sender does that: FULL is all there
+        // is of a device. And a stream has as many of them as its peer likes, too many to remember.
         let Some(live) = self.live.get(&id) else {
             return Err(reader.wrong(Fault::SectionNeverStarted(id)));
         };

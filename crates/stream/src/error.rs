@@ -109,7 +109,7 @@ pub enum Fault {
     /// The description comes after EOF.
     #[error("vmdescription before the end of the stream")]
     DescriptionBeforeEof,
-    /// PART or END of an id without START.
+    /// PART or END of an id without START, even if there was a FULL.
     #[error("section id {0} was never started")]
     SectionNeverStarted(SectionId),
     /// START of an id that was started before.

@@ -149,6 +149,14 @@ fn sections() {
         fault(&[HEAD, RAM, end, b"\x03\0\0\0\x01"]),
         Fault::SectionNeverStarted(SectionId(1))
     );
+    // FULL has said everything: nothing can go on.
+    let full = b"\x04\0\0\0\x02\x03ram\0\0\0\0\0\0\0\x04";
+    for more in [b"\x02\0\0\0\x02", b"\x03\0\0\0\x02"] {
+        assert_eq!(
+            fault(&[HEAD, full, end, more]),
+            Fault::SectionNeverStarted(SectionId(2))
+        );
+    }
     assert_eq!(
         fault(&[HEAD, RAM, end, RAM]),
         Fault::SectionStartedTwice {
