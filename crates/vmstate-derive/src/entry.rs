@@ -144,7 +144,7 @@ impl Entry {
                 let what = "a module with `to_wire` and `from_wire`";
                 self.conversion = Some(Conversion::With(item.path(what)?));
             }
-            "at" => self.at = Some(item.expr("at = channels[0].count")?),
+            "at" => self.at = Some(place(item)?),
             "key" => match &item.value {
                 Value::Word(word) if word == "struct" => self.struct_key = true,
                 Value::Word(word) if word == "uint64" => {}
@@ -224,6 +224,36 @@ fn type_item(span: Span, items: &[Item]) -> Result<&Item> {
         Some(item) => Err(item.error(word::unknown(&item.key.to_string()))),
         None => Ok(first),
     }
+}
+
+/// Another place in the device: fields, and elements of arrays with a fixed number.
+fn place(item: &Item) -> Result<Expr> {
+    const EXAMPLE: &str = "at = channels[0].count";
+    let place = item.expr(EXAMPLE)?;
+    let mut rest = &place;
+    loop {
+        rest = match rest {
+            Expr::Path(path) if path.path.get_ident().is_some() => return Ok(place),
+            Expr::Field(field) => &field.base,
+            Expr::Index(index) => match &*index.index {
+                Expr::Lit(ExprLit {
+                    lit: Lit::Int(_), ..
+                }) => &index.expr,
+                Expr::Path(path) if is_constant(&path.path) => &index.expr,
+                other => {
+                    let text = "an index is a number or a constant";
+                    return Err(Error::new_spanned(other, text));
+                }
+            },
+            _ => return Err(item.error(format!("write a place in the struct: `{EXAMPLE}`"))),
+        };
+    }
+}
+
+/// Is it written like a constant?
+fn is_constant(path: &syn::Path) -> bool {
+    let last = path.segments.last().map(|last| last.ident.to_string());
+    last.is_some_and(|last| !last.chars().any(char::is_lowercase))
 }
 
 fn number(item: &Item) -> Result<Number> {

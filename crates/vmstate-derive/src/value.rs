@@ -4,7 +4,7 @@ use proc_macro2::TokenStream;
 use quote::{ToTokens, format_ident, quote, quote_spanned};
 use syn::ext::IdentExt;
 use syn::spanned::Spanned;
-use syn::{Error, Result, Type};
+use syn::{Error, Expr, Result, Type};
 
 use crate::entry::{Conversion, Entry, Kind, Number};
 use crate::expand::Described;
@@ -68,7 +68,8 @@ pub(crate) fn call(field: &Described<'_>, entry: &Entry) -> Result<TokenStream> 
 fn accessor(field: &Described<'_>, entry: &Entry) -> TokenStream {
     let ident = field.ident;
     if let Some(at) = &entry.at {
-        return quote!(|state| &mut state.#at);
+        let place = place(at);
+        return quote!(|state| &mut #place);
     }
     let shape = shape_of(field, entry);
     match shape.lengths.len() {
@@ -80,6 +81,25 @@ fn accessor(field: &Described<'_>, entry: &Entry) -> TokenStream {
             let flatten = (1..depth).map(|_| quote!(.as_flattened_mut()));
             quote_spanned!(ident.span()=> |state| state.#ident.as_mut_slice() #(#flatten)*)
         }
+    }
+}
+
+/// The place that `at` says, of which only fixed arrays are indexed: a `Vec` may be shorter than the
+/// index when a stream has said its length.
+fn place(at: &Expr) -> TokenStream {
+    match at {
+        Expr::Field(field) => {
+            let (base, member) = (place(&field.base), &field.member);
+            quote!(#base.#member)
+        }
+        Expr::Index(index) => {
+            let (base, number) = (place(&index.expr), &index.index);
+            let known = quote!({ #number });
+            quote_spanned! {index.expr.span()=>
+                ::vmferry_vmstate::fixed_array::<#known, _>(&mut #base)[#number]
+            }
+        }
+        first => quote_spanned!(first.span()=> state.#first),
     }
 }
 

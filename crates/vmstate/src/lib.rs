@@ -113,7 +113,7 @@
 //! | `nullable` | an array of `Option`s: those that are `None` here must be null there |
 //! | `as = u8` | the field is a `u8` on the wire, by `TryInto` in both directions |
 //! | `with = MODULE` | by `MODULE::to_wire(&T)` and `MODULE::from_wire(W)`, which return `Result`s |
-//! | `at = channels[0].count` | another place in the struct than the field |
+//! | `at = channels[0].count` | another place in the struct than the field; only arrays `[T; N]` are indexed |
 //! | `needed = Self::f` | of a `subsection`: `fn(&Self) -> bool` of its owner decides |
 //!
 //! # From state to device
@@ -189,5 +189,7 @@ pub use saved::{Content, FieldType, Node, Part, SavedBody, SavedField, SavedStat
 #[doc(hidden)]
 pub use state::is_subsection_of;
 pub use state::{View, VmState};
+#[doc(hidden)]
+pub use table::{FixedArray, fixed_array};
 pub use table::{Number, Queue, Sequence, Table, count_of};
 pub use vmferry_vmstate_derive::VmState;

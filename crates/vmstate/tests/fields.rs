@@ -497,6 +497,14 @@ struct Converted {
     #[vmstate(uint8, name = "limits.high", at = limits.1)]
     #[vmstate(skip = "sent in two halves")]
     limits: (u8, u8),
+    #[vmstate(uint8, name = "sums[1].0", at = sums[1].0)]
+    #[vmstate(uint8, name = "sums[0].1", at = sums[Self::FIRST].1[2])]
+    #[vmstate(skip = "sent in part")]
+    sums: Box<[(u8, [u8; 3]); 2]>,
+}
+
+impl Converted {
+    const FIRST: usize = 0;
 }
 
 impl From<(u8, u8, u8)> for Point {
@@ -521,8 +529,9 @@ fn conversions_and_own_formats() {
         opened: 2,
         each: [1, 0],
         limits: (8, 9),
+        sums: Box::new([(0, [0, 0, 6]), (7, [0; 3])]),
     };
-    let bytes = b"\x01\x01\0\0\0\x01\x02\x01\x02\x03hh\0h\0\0\x08\x09";
+    let bytes = b"\x01\x01\0\0\0\x01\x02\x01\x02\x03hh\0h\0\0\x08\x09\x07\x06";
     is_sent_as(state.clone(), &Converted::default(), bytes);
     let saved = state.save().unwrap();
     let element = |index| Shape::Element {

@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 pub use field::{Number, count_of};
 pub use list::Queue;
-pub use sequence::Sequence;
+pub use sequence::{FixedArray, Sequence, fixed_array};
 
 use crate::description::{Count, Description, Field};
 use crate::device::{BoxError, DeviceError};

@@ -64,3 +64,42 @@ impl<T: Default + 'static> Sequence for Vec<T> {
         Some(self)
     }
 }
+
+/// An array whose length no stream can change: what `at` may index.
+#[doc(hidden)]
+#[diagnostic::on_unimplemented(
+    message = "`at` cannot index a `{Self}`: only arrays always have such an element",
+    label = "this is no `[T; N]`",
+    note = "make it an array, or send the element as a field of its own"
+)]
+pub trait FixedArray {
+    /// Its elements.
+    const LENGTH: usize;
+}
+
+impl<T, const N: usize> FixedArray for [T; N] {
+    const LENGTH: usize = N;
+}
+
+impl<A: FixedArray + ?Sized> FixedArray for Box<A> {
+    const LENGTH: usize = A::LENGTH;
+}
+
+/// The same array, which has an element `INDEX`. The derive asks for it before it indexes.
+///
+/// ```compile_fail,E0080
+/// #[derive(vmferry_vmstate::VmState)]
+/// #[vmstate(name = "timer", version = 1)]
+/// struct Timer {
+///     #[vmstate(uint8, at = pairs[0][2])]
+///     #[vmstate(skip = "sent in part")]
+///     pairs: [[u8; 2]; 2],
+/// }
+///
+/// println!("{:?}", <Timer as vmferry_vmstate::VmState>::description());
+/// ```
+#[doc(hidden)]
+pub fn fixed_array<const INDEX: usize, A: FixedArray + ?Sized>(array: &mut A) -> &mut A {
+    const { assert!(INDEX < A::LENGTH, "`at` indexes an array behind its end") };
+    array
+}
