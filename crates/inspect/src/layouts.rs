@@ -44,6 +44,20 @@ impl Layouts {
         Self { sorted, found }
     }
 
+    /// Names and instances that were described more often than found.
+    pub(crate) fn missing(&self) -> impl Iterator<Item = (&str, u32)> {
+        let groups = self
+            .sorted
+            .chunk_by(|one, other| one.compare(&other.name, other.instance) == Ordering::Equal);
+        let mut start = 0_usize;
+        groups.filter_map(move |group| {
+            let found = self.found.get(start).copied().unwrap_or(0);
+            start = start.saturating_add(group.len());
+            let layout = group.get(found)?;
+            Some((&*layout.name, layout.instance))
+        })
+    }
+
     /// The next section of the stream; what describes it, if anything does.
     pub(crate) fn next(&mut self, section: &Section) -> Option<&Layout> {
         let (name, instance) = (section.name.as_str(), section.instance.0);

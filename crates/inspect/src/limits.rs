@@ -22,5 +22,5 @@ pub const REPORT_NAMES_MAX: usize = 1 << 10;
 /// Problems of a report; the others are counted.
 pub const PROBLEMS_MAX: usize = 100;
 
-/// Pages of which is remembered whether they came before: one bit each, 512 GiB of memory.
-pub const SEEN_PAGES_MAX: u64 = 1 << 27;
+/// Pages of which is remembered whether they came before: one bit each, 256 GiB of memory.
+pub const SEEN_PAGES_MAX: u64 = 1 << 26;

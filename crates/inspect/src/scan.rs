@@ -93,11 +93,13 @@ impl Wanted<'_> {
         })
     }
 
-    /// A footer of another section in a body, with a header behind it: the section has a wrong id, and
-    /// the one that has this id is in its body now.
-    pub(crate) fn find_swallowed(&self, body: &[u8]) -> Option<usize> {
-        let mut footers = memchr::memchr_iter(FOOTER, body);
-        footers.find(|footer| self.footers && self.is_header_behind_footer(body, *footer))
+    /// Can these bytes follow a section that has no footer?
+    pub(crate) fn can_follow(&self, bytes: &[u8]) -> bool {
+        let without = Self {
+            footers: false,
+            ..*self
+        };
+        matches!(without.next(bytes), Guess::Is(_))
     }
 
     fn is_header_behind_footer(&self, bytes: &[u8], footer: usize) -> bool {

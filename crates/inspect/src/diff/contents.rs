@@ -7,6 +7,8 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::fs::FileExt;
 
+use rustix::fs::SeekFrom;
+
 use super::{Difference, Sides};
 use crate::extract::{BlockImage, Blocks, DiskImage, ExtractError, MemoryImage};
 use crate::walk::{WalkError, walk};
@@ -124,6 +126,16 @@ pub fn compare(first: &Painting, second: &Painting) -> Result<Vec<Difference>, C
     Ok(found)
 }
 
+/// The next byte that is not in a hole.
+fn next_data(file: &File, from: u64) -> io::Result<u64> {
+    match rustix::fs::seek(file, SeekFrom::Data(from)) {
+        Ok(at) => Ok(at),
+        // There are only holes.
+        Err(rustix::io::Errno::NXIO) => Ok(u64::MAX),
+        Err(error) => Err(error.into()),
+    }
+}
+
 /// How many pages or chunks differ, and where the first one starts.
 fn units_that_differ(
     first: &File,
@@ -135,6 +147,11 @@ fn units_that_differ(
     let (mut one, mut two) = (vec![0; PIECE_BYTES], vec![0; PIECE_BYTES]);
     let (mut at, mut differ) = (0_u64, None);
     while at < length {
+        let hole_ends = next_data(first, part.offset.saturating_add(at))?
+            .saturating_sub(part.offset)
+            .min(next_data(second, other.offset.saturating_add(at))?.saturating_sub(other.offset));
+        let unit = u64::try_from(part.unit).unwrap_or(1);
+        at = at.max(hole_ends.saturating_sub(hole_ends.checked_rem(unit).unwrap_or(0)));
         let left = usize::try_from(length.saturating_sub(at)).unwrap_or(usize::MAX);
         let bytes = left.min(PIECE_BYTES);
         let (one, two) = (

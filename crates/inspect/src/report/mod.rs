@@ -232,9 +232,10 @@ impl Report {
 }
 
 /// Find each device of a stream in a description.
-fn place_in_description(devices: &mut [DeviceReport], description: &VmDescription) {
+fn place_in_description(devices: &mut [DeviceReport], description: &VmDescription) -> Layouts {
     let mut layouts = Layouts::of(description);
     for device in devices {
         device.described_as = layouts.next(&device.section).map(|layout| layout.place);
     }
+    layouts
 }

@@ -1,5 +1,6 @@
 //! Counts of what `ram` sections hold, and a check of every page record.
 
+use std::collections::BTreeMap;
 use std::io::Read as _;
 
 use flate2::read::ZlibDecoder;
@@ -95,6 +96,8 @@ pub(crate) struct RamTally {
     seen: Vec<Option<Vec<u64>>>,
     /// Pages that can still be kept count of.
     seen_left: u64,
+    /// Places of the blocks.
+    places: BTreeMap<Name, usize>,
     /// The block of the record before.
     last: usize,
     /// Payload that is checked when it is whole.
@@ -117,6 +120,7 @@ impl Default for RamTally {
             page_bits: PageBits::X86,
             seen: Vec::new(),
             seen_left: SEEN_PAGES_MAX,
+            places: BTreeMap::new(),
             last: 0,
             check: Check::Nothing,
             payload: Vec::new(),
@@ -239,6 +243,9 @@ impl RamTally {
             Some(Vec::new())
         };
         self.seen.push(seen);
+        // Of two blocks with one name the first counts.
+        let place = self.summary.blocks.len();
+        self.places.entry(block.name.clone()).or_insert(place);
         self.summary.blocks.push(block);
     }
 
@@ -270,7 +277,7 @@ impl RamTally {
         if self.summary.blocks.get(self.last).is_some_and(is_it) {
             return Ok(self.last);
         }
-        let place = self.summary.blocks.iter().position(is_it);
+        let place = self.places.get(name).copied();
         self.last = place.ok_or_else(|| {
             let name = name_before_memory(name);
             format!("RAM block '{name}' is not in the block list")

@@ -1,6 +1,8 @@
 //! The visitor that makes a report.
 
-use vmferry_stream::{Command, Configuration, Content, Ending, Name, Record, Section, SectionKind};
+use vmferry_stream::{
+    Command, Configuration, Content, Ending, Name, Record, Section, SectionKind, Shown,
+};
 use vmferry_vmstate::{BodyLayout, DescriptionError, VmDescription};
 
 use super::contents::{Bitmaps, Disks};
@@ -90,7 +92,7 @@ impl Reporter {
             let text = "the stream ends before this byte without a description, and more follows";
             self.problem(finish.bytes, text.into());
         }
-        self.compare_with_description();
+        self.compare_with_description(end.as_ref().ok());
         Report {
             container: self.container,
             start: self.start.unwrap_or(0),
@@ -114,11 +116,11 @@ impl Reporter {
     }
 
     /// The description tells of the devices that are in the stream, in the versions in which they are.
-    fn compare_with_description(&mut self) {
+    fn compare_with_description(&mut self, end: Option<&Finish>) {
         let Some(description) = self.description.take() else {
             return;
         };
-        place_in_description(&mut self.devices, &description);
+        let layouts = place_in_description(&mut self.devices, &description);
         let wrong = self.devices.iter().filter_map(|device| {
             let section = &device.section;
             let layout = device.described_as;
@@ -136,6 +138,14 @@ impl Reporter {
         for (offset, section, text) in wrong.collect::<Vec<_>>() {
             self.open = Some(section);
             self.problem(offset, text);
+        }
+        if let Some(end) = end {
+            self.open = None;
+            for (name, instance) in layouts.missing() {
+                let name = Shown(name);
+                let text = format!("device '{name}' {instance} is described and not there");
+                self.problem(end.bytes, text);
+            }
         }
         self.description = Some(description);
     }

@@ -8,7 +8,11 @@ use crate::state::is_subsection_of;
 
 /// Fields, structs and list elements of one body. A machine's largest device has some thousands; a
 /// description that multiplies a few bytes into more is refused.
-const MAX_NODES: u32 = 1 << 18;
+const MAX_NODES: usize = 1 << 18;
+/// What a body without a byte may have: buffers of length 0, structs without fields.
+const NODES_OF_NOTHING: usize = 1 << 10;
+/// A single byte may stand in a struct in a struct in a list.
+const NODES_PER_BYTE: usize = 8;
 
 /// A body that is not laid out as its description says.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -142,7 +146,8 @@ impl StateLayout {
 struct Input<'a> {
     rest: &'a [u8],
     length: usize,
-    nodes: u32,
+    nodes: usize,
+    nodes_max: usize,
     /// The fields around the one that is being read.
     path: Vec<String>,
 }
@@ -153,6 +158,9 @@ impl<'a> Input<'a> {
             rest: body,
             length: body.len(),
             nodes: 0,
+            nodes_max: NODES_OF_NOTHING
+                .saturating_add(body.len().saturating_mul(NODES_PER_BYTE))
+                .min(MAX_NODES),
             path: Vec::new(),
         }
     }
@@ -417,7 +425,7 @@ impl<'a> Input<'a> {
 
     fn count_node(&mut self, name: &str) -> Result<(), BodyError> {
         self.nodes = self.nodes.saturating_add(1);
-        if self.nodes > MAX_NODES {
+        if self.nodes > self.nodes_max {
             return Err(self.error(name, BodyFault::TooManyParts));
         }
         Ok(())

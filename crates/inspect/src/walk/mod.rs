@@ -14,6 +14,9 @@
 //! Where there is none, or something else follows the devices, their ends are looked for
 //! ([`crate::scan`]).
 
+mod search;
+mod slice;
+
 use std::collections::VecDeque;
 use std::io::{self, Read};
 
@@ -26,8 +29,10 @@ use vmferry_vmstate::{DescriptionError, VmDescription};
 use crate::container::{self, Container, ContainerError};
 use crate::layouts::Layouts;
 use crate::limits::{DESCRIPTION_BYTES_MAX, HELD_BYTES_MAX};
-use crate::scan::{self, End, Next, Wanted};
+use crate::scan::{End, Wanted};
 use crate::source::Source;
+use search::{Search, Seen, find_description};
+use slice::{Slice, Walked};
 
 /// Why a visitor wants no more.
 pub type VisitError = Box<dyn std::error::Error + Send + Sync>;
@@ -416,16 +421,20 @@ impl<R: Read, V: Visitor> Walk<'_, R, V> {
     /// Device sections, of which the first has just begun: hold what comes until it is clear where
     /// they end, then tell.
     fn devices(&mut self, first: &Section) -> Result<(), WalkError> {
-        let mut search = Search {
-            ahead: self.decoder.clone(),
-            section: first.clone(),
-            at: 0,
-            searched: 0,
-            found: VecDeque::new(),
-        };
+        let footers = self.decoder.footers();
+        let mut search = Search::new(&self.decoder, first, footers != Some(false));
         let mut is_all = false;
         let seen = loop {
             match search.advance(self.source.window(), is_all) {
+                Seen::Nothing if is_all && footers.is_none() => {
+                    // No section has ended yet: perhaps none has a footer.
+                    let mut without = Search::new(&self.decoder, first, false);
+                    let seen = without.advance(self.source.window(), true);
+                    if !matches!(seen, Seen::Nothing) {
+                        search = without;
+                    }
+                    break seen;
+                }
                 Seen::Nothing if is_all => break Seen::Nothing,
                 Seen::Nothing => {
                     let have = self.source.window().len();
@@ -490,273 +499,6 @@ impl<R: Read, V: Visitor> Walk<'_, R, V> {
         };
         self.source.consume(used);
         Ok(())
-    }
-}
-
-/// Goes ahead through device sections, from guess to guess.
-struct Search {
-    ahead: Decoder,
-    section: Section,
-    /// Where the next body starts, or what follows the last one.
-    at: usize,
-    searched: usize,
-    /// Lengths of the bodies whose ends were found.
-    found: VecDeque<usize>,
-}
-
-/// What was seen ahead.
-enum Seen {
-    /// Not enough.
-    Nothing,
-    /// A live section or a command follows the devices.
-    Live,
-    /// EOF follows, and the description, if there is one.
-    End {
-        description: Option<std::ops::Range<usize>>,
-    },
-}
-
-impl Search {
-    fn advance(&mut self, window: &[u8], is_all: bool) -> Seen {
-        loop {
-            let wanted = Wanted {
-                id: self.section.id,
-                footers: self.ahead.footers() != Some(false),
-                decoder: &self.ahead,
-                is_all,
-            };
-            let rest = window.get(self.at..).unwrap_or_default();
-            let (body_bytes, next) = match wanted.find(rest, self.searched) {
-                End::At { body_bytes, next } => (body_bytes, next),
-                End::NotYet { searched } => {
-                    self.searched = searched;
-                    return Seen::Nothing;
-                }
-            };
-            if next == Next::Eof {
-                let Some(description) = eof(self.ahead.clone(), body_bytes, rest, is_all) else {
-                    // Look again when there is more.
-                    self.searched = body_bytes;
-                    return Seen::Nothing;
-                };
-                let start = self.at;
-                self.found.push_back(body_bytes);
-                self.at = pass(&mut self.ahead, body_bytes, rest)
-                    .map_or(self.at, |used| start.saturating_add(used));
-                let description = description.map(|range| {
-                    range.start.saturating_add(start)..range.end.saturating_add(start)
-                });
-                return Seen::End { description };
-            }
-            let Some(used) = pass(&mut self.ahead, body_bytes, rest) else {
-                self.searched = body_bytes.saturating_add(1);
-                continue;
-            };
-            self.found.push_back(body_bytes);
-            self.at = self.at.saturating_add(used);
-            self.searched = 0;
-            if next == Next::Live {
-                return Seen::Live;
-            }
-            let rest = window.get(self.at..).unwrap_or_default();
-            match self.ahead.step(rest) {
-                Ok(Step::Record {
-                    record: Record::Section(section),
-                    used,
-                }) if section.kind == SectionKind::Full && section.content() == Content::Device => {
-                    self.section = section;
-                    self.at = self.at.saturating_add(used);
-                }
-                _ => return Seen::Live,
-            }
-        }
-    }
-}
-
-/// Go over a body and its footer; how long they are. `None` if there is no footer after all.
-fn pass(decoder: &mut Decoder, body_bytes: usize, bytes: &[u8]) -> Option<usize> {
-    decoder.skip_device(count(body_bytes));
-    if body_bytes > 0 {
-        decoder.step(&[]).ok()?;
-    }
-    match decoder.step(bytes.get(body_bytes..)?) {
-        Ok(Step::Record { used, .. }) => Some(body_bytes.saturating_add(used)),
-        _ => None,
-    }
-}
-
-/// Where the description is behind the last body. `None` if there are too few bytes to say so.
-fn eof(
-    mut ahead: Decoder,
-    body_bytes: usize,
-    bytes: &[u8],
-    is_all: bool,
-) -> Option<Option<std::ops::Range<usize>>> {
-    let mut at = pass(&mut ahead, body_bytes, bytes)?;
-    for _ in 0..2 {
-        let rest = bytes.get(at..).unwrap_or_default();
-        let Ok(Step::Record { record, used }) = ahead.step(rest) else {
-            return is_all.then_some(None);
-        };
-        at = at.saturating_add(used);
-        if let Record::Description { bytes: length } = record {
-            let end = at.saturating_add(usize::try_from(length).unwrap_or(usize::MAX));
-            return match bytes.len() >= end {
-                true => Some(Some(at..end)),
-                false => is_all.then_some(None),
-            };
-        }
-    }
-    is_all.then_some(None)
-}
-
-/// A description at the very end: its place and text.
-fn find_description(bytes: &[u8]) -> Option<(usize, &[u8])> {
-    let mut ends = memchr::memmem::rfind_iter(bytes, b"{\"");
-    ends.find_map(|start| {
-        let text = bytes.get(start..)?;
-        let header = bytes.get(start.checked_sub(5)?..start)?;
-        let length = u32::try_from(text.len()).ok()?.to_be_bytes();
-        let is_header = header.split_first() == Some((&0x06, length.as_slice()));
-        is_header.then_some((start, text))
-    })
-}
-
-/// Bytes that are all at hand: device sections, or a package.
-struct Slice<'a, V> {
-    decoder: &'a mut Decoder,
-    bytes: &'a [u8],
-    /// Where the decoder's first byte stands in the input.
-    base: u64,
-    described: Option<Layouts>,
-    /// Lengths of the first bodies, as they were guessed.
-    found: VecDeque<usize>,
-    visitor: &'a mut V,
-}
-
-/// How far a slice was walked through.
-enum Walked {
-    /// Up to here; there are too few bytes for the next step.
-    Short(usize),
-    /// POSTCOPY_RUN ends a package; what follows is ignored.
-    Quit(usize),
-    /// The end of this device's section is not there.
-    Open(Section),
-}
-
-impl<V: Visitor> Slice<'_, V> {
-    /// The first byte is the decoder's byte `start`. `open`: the section that has begun.
-    fn walk(&mut self, start: u64, open: Option<&Section>) -> Result<Walked, WalkError> {
-        let mut at = 0_usize;
-        let mut is_description = false;
-        if let Some(section) = open {
-            match self.device(section, at)? {
-                Some(bytes) => at = bytes,
-                None => return Ok(Walked::Open(section.clone())),
-            }
-        }
-        loop {
-            let offset = self.base.saturating_add(start).saturating_add(count(at));
-            let window = self.bytes.get(at..).unwrap_or_default();
-            let step = self.decoder.step(window);
-            match step.map_err(|error| shifted(error, self.base))? {
-                Step::NeedMore(_) | Step::End => return Ok(Walked::Short(at)),
-                Step::Payload(bytes) => {
-                    let bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
-                    let Some(piece) = window.get(..bytes) else {
-                        return Ok(Walked::Short(at));
-                    };
-                    if !is_description {
-                        told(self.visitor.payload(offset, piece))?;
-                    }
-                    at = at.saturating_add(bytes);
-                }
-                Step::Record { record, used } => {
-                    at = at.saturating_add(used);
-                    told(self.visitor.record(offset, &record))?;
-                    // Its text has been told.
-                    is_description = matches!(record, Record::Description { .. });
-                    match record {
-                        Record::Command(Command::PostcopyRun) => return Ok(Walked::Quit(at)),
-                        Record::Section(section) if section.content() == Content::Device => {
-                            match self.device(&section, at)? {
-                                Some(bytes) => at = at.saturating_add(bytes),
-                                None => return Ok(Walked::Open(section)),
-                            }
-                        }
-                        _ => {}
-                    }
-                }
-            }
-        }
-    }
-
-    /// Tell a device's body, which starts at `at`; how long it is. `None` if its end is not there.
-    fn device(&mut self, section: &Section, at: usize) -> Result<Option<usize>, WalkError> {
-        let offset = self.base.saturating_add(self.decoder.offset());
-        let rest = self.bytes.get(at..).unwrap_or_default();
-        let Some((length, found)) = self.body_bytes(section, rest) else {
-            return Ok(None);
-        };
-        let Some(bytes) = rest.get(..length) else {
-            return Ok(None);
-        };
-        told(self.visitor.device(Body {
-            section,
-            offset,
-            bytes,
-            found,
-        }))?;
-        self.decoder.skip_device(count(length));
-        if length > 0 {
-            let announced = self.decoder.step(rest);
-            debug_assert!(matches!(announced, Ok(Step::Payload(_))));
-        }
-        Ok(Some(length))
-    }
-
-    /// The description's word counts if there is a footer where it says, or none at all. Else the
-    /// footer's place counts, better with something behind it that can follow; and if there is none,
-    /// the place before the next header, or the description's word again: the decoder will say what
-    /// is there instead.
-    fn body_bytes(&mut self, section: &Section, rest: &[u8]) -> Option<(usize, Found)> {
-        let guessed = self.found.pop_front();
-        let footers = self.decoder.footers() != Some(false);
-        let described = self.described.as_mut().and_then(|layouts| {
-            let layout = layouts.next(section)?;
-            usize::try_from(layout.bytes).ok()
-        });
-        let is_right = |length: usize| {
-            let behind = rest.get(length..).unwrap_or_default();
-            !footers || scan::is_any_footer(behind)
-        };
-        if let Some(length) = described.filter(|length| is_right(*length)) {
-            if guessed != Some(length) {
-                // From here on the guesses were about something else.
-                self.found.clear();
-            }
-            return Some((length, Found::ByDescription));
-        }
-        let wanted = Wanted {
-            id: section.id,
-            footers,
-            decoder: self.decoder,
-            is_all: true,
-        };
-        let found = guessed.or_else(|| match wanted.find(rest, 0) {
-            End::At { body_bytes, .. } => Some(body_bytes),
-            End::NotYet { .. } => wanted.find_broken(rest),
-        });
-        let found = found.map(|length| {
-            let body = rest.get(..length).unwrap_or_default();
-            wanted.find_swallowed(body).unwrap_or(length)
-        });
-        match (found, described) {
-            (Some(length), _) if footers => Some((length, Found::ByFooter)),
-            (Some(length), _) => Some((length, Found::ByNextHeader)),
-            (None, Some(length)) => Some((length, Found::ByDescription)),
-            (None, None) => None,
-        }
     }
 }
 
