@@ -1,11 +1,12 @@
 //! `#[vmstate(word, key = value, key(value))]`, before anything is known about the words.
 
-use proc_macro2::Span;
+use proc_macro2::{Span, TokenStream};
+use quote::ToTokens;
 use syn::ext::IdentExt;
 use syn::parse::{Parse, ParseStream};
 use syn::punctuated::Punctuated;
 use syn::{
-    Attribute, Error, Expr, ExprLit, ExprPath, Ident, Lit, LitInt, LitStr, Result, Token, Type,
+    Attribute, Error, Expr, ExprLit, ExprPath, Ident, Lit, LitStr, Result, Token, Type,
     parenthesized,
 };
 
@@ -21,6 +22,40 @@ pub(crate) enum Value {
     Type(Type),
     Types(Vec<Type>),
     Word(Ident),
+}
+
+/// A version.
+#[derive(Clone)]
+pub(crate) struct Version {
+    /// If it is a plain number.
+    pub(crate) known: Option<u32>,
+    expr: Expr,
+}
+
+impl Version {
+    /// For code outside of the `impl`, where `Self` has no meaning.
+    pub(crate) fn outside(&self, owner: &Ident) -> Expr {
+        let mut expr = self.expr.clone();
+        if let Expr::Path(path) = &mut expr
+            && let Some(first) = path.path.segments.first_mut()
+            && first.ident == "Self"
+        {
+            first.ident = Ident::new(&owner.to_string(), first.ident.span());
+        }
+        expr
+    }
+}
+
+impl ToTokens for Version {
+    fn to_tokens(&self, tokens: &mut TokenStream) {
+        self.expr.to_tokens(tokens);
+    }
+}
+
+/// Is it written like a constant?
+pub(crate) fn is_constant(path: &syn::Path) -> bool {
+    let last = path.segments.last().map(|last| last.ident.to_string());
+    last.is_some_and(|last| !last.chars().any(char::is_lowercase))
 }
 
 /// Keys whose value is a type.
@@ -91,16 +126,21 @@ impl Item {
         }
     }
 
-    /// A version: a plain number, for it is compared while compiling.
-    pub(crate) fn version(&self) -> Result<(u32, LitInt)> {
-        if let Value::Expr(Expr::Lit(ExprLit {
-            lit: Lit::Int(number),
-            ..
-        })) = &self.value
-        {
-            return Ok((number.base10_parse()?, number.clone()));
-        }
-        Err(self.error(format!("write `{} = 1`, with a plain number", self.key)))
+    /// A version: a number or a constant.
+    pub(crate) fn version(&self) -> Result<Version> {
+        let known = match &self.value {
+            Value::Expr(Expr::Lit(ExprLit {
+                lit: Lit::Int(number),
+                ..
+            })) => Some(number.base10_parse()?),
+            Value::Expr(Expr::Path(path)) if is_constant(&path.path) => None,
+            _ => {
+                let text = format!("write `{0} = 1` or `{0} = CONSTANT`", self.key);
+                return Err(self.error(text));
+            }
+        };
+        let expr = self.expr("version = 1")?;
+        Ok(Version { known, expr })
     }
 
     /// A path to a function or module.

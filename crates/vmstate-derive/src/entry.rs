@@ -3,7 +3,7 @@
 use proc_macro2::Span;
 use syn::{Error, Expr, ExprLit, ExprPath, Ident, Lit, LitStr, Result, Type};
 
-use crate::attribute::{Item, Value};
+use crate::attribute::{Item, Value, Version, is_constant};
 use crate::owner::checked_name;
 use crate::word;
 
@@ -13,7 +13,7 @@ pub(crate) struct Entry {
     pub(crate) word: Ident,
     pub(crate) kind: Kind,
     pub(crate) name: Option<LitStr>,
-    pub(crate) since: Option<u32>,
+    pub(crate) since: Option<Version>,
     pub(crate) condition: Option<ExprPath>,
     pub(crate) count: Option<Number>,
     pub(crate) max: Option<Expr>,
@@ -30,7 +30,7 @@ pub(crate) enum Kind {
     Codec(&'static str),
     Custom(Expr),
     Struct,
-    VStruct(u32),
+    VStruct(Version),
     Buffer,
     Bitmap,
     List,
@@ -44,7 +44,7 @@ pub(crate) enum Kind {
 /// `count` or `length`.
 pub(crate) enum Number {
     Field(Ident),
-    Literal(Expr),
+    Constant(Expr),
     Function(ExprPath),
 }
 
@@ -55,7 +55,7 @@ pub(crate) enum Conversion {
 }
 
 impl Entry {
-    pub(crate) fn parse(span: Span, items: &[Item], version: u32) -> Result<Self> {
+    pub(crate) fn parse(span: Span, items: &[Item], version: &Version) -> Result<Self> {
         let item = type_item(span, items)?;
         let mut entry = Self::of_type(item)?;
         let mut seen: Vec<&Ident> = Vec::new();
@@ -82,7 +82,7 @@ impl Entry {
             "qtailq" | "qlist" => plain(Kind::List)?,
             "gtree" => plain(Kind::Tree)?,
             "subsection" => plain(Kind::Subsection)?,
-            "vstruct" => Kind::VStruct(item.version()?.0),
+            "vstruct" => Kind::VStruct(item.version()?),
             "tmp" => Kind::Tmp(item.ty()?),
             "custom" => Kind::Custom(item.expr("custom = CODEC")?),
             "unused" => Kind::Unused(item.expr("unused(BYTES)")?),
@@ -115,7 +115,7 @@ impl Entry {
         })
     }
 
-    fn option(&mut self, item: &Item, version: u32) -> Result<()> {
+    fn option(&mut self, item: &Item, version: &Version) -> Result<()> {
         let key = item.key.to_string();
         if !self.takes(&key) {
             return Err(item.error(format!("`{}` takes no `{key}`", self.word)));
@@ -123,10 +123,13 @@ impl Entry {
         match key.as_str() {
             "name" => self.name = Some(checked_name(item)?),
             "since" => {
-                let (since, literal) = item.version()?;
-                if since > version {
-                    let text = format!("the struct has version {version}: raise it to {since}");
-                    return Err(Error::new(literal.span(), text));
+                let since = item.version()?;
+                if let (Some(since_known), Some(version)) = (since.known, version.known)
+                    && since_known > version
+                {
+                    let text =
+                        format!("the struct has version {version}: raise it to {since_known}");
+                    return Err(Error::new_spanned(since, text));
                 }
                 self.since = Some(since);
             }
@@ -250,25 +253,21 @@ fn place(item: &Item) -> Result<Expr> {
     }
 }
 
-/// Is it written like a constant?
-fn is_constant(path: &syn::Path) -> bool {
-    let last = path.segments.last().map(|last| last.ident.to_string());
-    last.is_some_and(|last| !last.chars().any(char::is_lowercase))
-}
-
 fn number(item: &Item) -> Result<Number> {
     let example = format!("{} = FIELD", item.key);
     match item.expr(&example)? {
-        Expr::Path(path) => Ok(match path.path.get_ident() {
+        Expr::Path(path) if !is_constant(&path.path) => Ok(match path.path.get_ident() {
             Some(field) => Number::Field(field.clone()),
             None => Number::Function(path),
         }),
-        literal @ Expr::Lit(ExprLit {
-            lit: Lit::Int(_), ..
-        }) => Ok(Number::Literal(literal)),
-        _ => Err(item.error(format!(
-            "write `{0} = FIELD`, `{0} = 16` or `{0} = Self::function`",
+        Expr::Closure(_)
+        | Expr::Lit(ExprLit {
+            lit: Lit::Str(_) | Lit::Bool(_),
+            ..
+        }) => Err(item.error(format!(
+            "write `{0} = FIELD`, `{0} = CONSTANT`, `{0} = 16` or `{0} = Self::function`",
             item.key
         ))),
+        constant => Ok(Number::Constant(constant)),
     }
 }

@@ -1,7 +1,7 @@
 //! From attributes to calls on a `Table`.
 
 use proc_macro2::TokenStream;
-use quote::{format_ident, quote, quote_spanned};
+use quote::{ToTokens, format_ident, quote, quote_spanned};
 use syn::spanned::Spanned;
 use syn::{Data, DeriveInput, Error, Field, Fields, Ident, Result, Type};
 
@@ -43,13 +43,18 @@ pub(crate) fn derive(input: &DeriveInput) -> Result<TokenStream> {
         for entry in &field.entries {
             let number = entry.count.as_ref();
             if let Some(Number::Field(counter)) = number {
-                errors.take(check_counter(counter, field, &fields[..k], &fields[k..]));
+                let known = check_counter(counter, field, &fields[..k], &fields[k..]);
+                if errors.take(known).is_none() {
+                    continue;
+                }
             }
             calls.extend(errors.take(call(field, entry)));
             checks.extend(check(field, entry, &owner));
+            checks.extend(check_since(entry, &owner));
         }
     }
     errors.finish()?;
+    checks.extend(check_minimum(&owner));
     for view in &owner.subsections {
         calls.push(quote_spanned!(view.span()=> .view_subsection::<#view>()));
         checks.push(check_subsection(view, &owner));
@@ -133,7 +138,7 @@ fn described<'a>(field: &'a Field, owner: &Owner) -> Result<Described<'a>> {
     };
     let entries: Result<Vec<_>> = attribute::vmstate(&field.attrs)?
         .into_iter()
-        .map(|(span, items)| Entry::parse(span, &items, owner.version))
+        .map(|(span, items)| Entry::parse(span, &items, &owner.version))
         .collect();
     let entries = entries?;
     if !entries.iter().any(Entry::settles_field) {
@@ -217,7 +222,8 @@ fn check(field: &Described<'_>, entry: &Entry, owner: &Owner) -> Option<TokenStr
             let item = argument(item, "Vec").unwrap_or(item);
             let item = argument(item, "Option").unwrap_or(item);
             let item = argument(item, "Box").unwrap_or(item);
-            let text = format!("there is no version {version} of it");
+            let text = format!("there is no version {} of it", version.to_token_stream());
+            let version = version.outside(&owner.ident);
             Some(quote_spanned! {entry.word.span()=>
                 const _: () = ::core::assert!(
                     <#item as ::vmferry_vmstate::VmState>::MINIMUM_VERSION <= #version
@@ -228,6 +234,35 @@ fn check(field: &Described<'_>, entry: &Entry, owner: &Owner) -> Option<TokenStr
         }
         _ => None,
     }
+}
+
+/// Versions that the macro sees as numbers were compared before.
+fn check_since(entry: &Entry, owner: &Owner) -> Option<TokenStream> {
+    let since = entry.since.as_ref()?;
+    let is_known = since.known.is_some() && owner.version.known.is_some();
+    let (ident, since) = (&owner.ident, since.outside(&owner.ident));
+    (!is_known).then(|| {
+        quote_spanned! {since.span()=>
+            const _: () = ::core::assert!(
+                #since <= <#ident as ::vmferry_vmstate::VmState>::VERSION,
+                "`since` is above the version of the struct"
+            );
+        }
+    })
+}
+
+fn check_minimum(owner: &Owner) -> Option<TokenStream> {
+    let (ident, minimum) = (&owner.ident, &owner.minimum_version);
+    let is_known = minimum.known.is_some() && owner.version.known.is_some();
+    (!is_known).then(|| {
+        quote_spanned! {minimum.span()=>
+            const _: () = ::core::assert!(
+                <#ident as ::vmferry_vmstate::VmState>::MINIMUM_VERSION
+                    <= <#ident as ::vmferry_vmstate::VmState>::VERSION,
+                "the minimum version is above the version"
+            );
+        }
+    })
 }
 
 fn check_subsection(ty: &Type, owner: &Owner) -> TokenStream {

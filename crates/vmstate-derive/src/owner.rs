@@ -1,10 +1,10 @@
 //! What stands on the struct itself: name, versions, hooks.
 
 use proc_macro2::Span;
-use syn::{Error, ExprPath, LitInt, LitStr, Result, Type};
+use syn::{Error, ExprPath, Ident, LitStr, Result, Type};
 
 use crate::Errors;
-use crate::attribute::{Item, Value};
+use crate::attribute::{Item, Value, Version};
 use crate::word;
 
 /// Longest name that a subsection's length byte can say.
@@ -35,9 +35,10 @@ pub(crate) const HOOKS: [&str; 5] = [
 
 /// The description of the struct.
 pub(crate) struct Owner {
+    pub(crate) ident: Ident,
     pub(crate) name: LitStr,
-    pub(crate) version: u32,
-    pub(crate) minimum_version: u32,
+    pub(crate) version: Version,
+    pub(crate) minimum_version: Version,
     pub(crate) unmigratable: bool,
     pub(crate) needed: Option<ExprPath>,
     /// By their place in [`HOOKS`].
@@ -47,11 +48,11 @@ pub(crate) struct Owner {
 
 impl Owner {
     /// Read the attributes of a struct that is called `ident`.
-    pub(crate) fn parse(ident: &syn::Ident, attributes: Vec<(Span, Vec<Item>)>) -> Result<Self> {
+    pub(crate) fn parse(ident: &Ident, attributes: Vec<(Span, Vec<Item>)>) -> Result<Self> {
         let mut errors = Errors::default();
         let mut name = None;
         let mut version = None;
-        let mut minimum: Option<(u32, LitInt)> = None;
+        let mut minimum: Option<Version> = None;
         let mut unmigratable = false;
         let mut needed = None;
         let mut hooks = [const { None }; 5];
@@ -97,22 +98,24 @@ impl Owner {
                 ));
             }
         }
-        if let (Some((version, _)), Some((least, literal))) = (&version, &minimum)
-            && least > version
+        if let (Some(Some(version)), Some(minimum)) =
+            (version.as_ref().map(|v: &Version| v.known), &minimum)
+            && minimum.known.is_some_and(|least| least > version)
         {
-            errors.add(Error::new(
-                literal.span(),
+            errors.add(Error::new_spanned(
+                minimum,
                 format!("the minimum version is above the version, {version}"),
             ));
         }
         errors.finish()?;
-        let (Some(name), Some((version, _))) = (name, version) else {
+        let (Some(name), Some(version)) = (name, version) else {
             return Err(Error::new(ident.span(), "has no name or no version"));
         };
         Ok(Self {
+            ident: ident.clone(),
             name,
+            minimum_version: minimum.unwrap_or_else(|| version.clone()),
             version,
-            minimum_version: minimum.map_or(version, |(least, _)| least),
             unmigratable,
             needed,
             hooks,

@@ -59,9 +59,9 @@ pub(crate) fn call(field: &Described<'_>, entry: &Entry) -> Result<TokenStream> 
             }
         }
     };
-    let since = entry.since.map(|version| quote!(.since(#version)));
+    let since = entry.since.iter().map(|version| quote!(.since(#version)));
     let condition = entry.condition.iter().map(|path| quote!(.condition(#path)));
-    Ok(quote!(#call #since #(#condition)*))
+    Ok(quote!(#call #(#since)* #(#condition)*))
 }
 
 /// `fn(&mut Self) -> &mut F`
@@ -246,7 +246,11 @@ fn counted(
     key: &str,
 ) -> Result<TokenStream> {
     let read = match number {
-        Number::Literal(literal) => return Ok(quote!(#literal)),
+        Number::Constant(constant) => {
+            return Ok(quote_spanned! {constant.span()=>
+                ::vmferry_vmstate::Number::<Self>::Fixed(const { #constant })
+            });
+        }
         Number::Field(counter) => quote_spanned! {counter.span()=>
             |state| ::vmferry_vmstate::count_of(state.#counter)
         },

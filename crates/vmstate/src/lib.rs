@@ -65,7 +65,7 @@
 //! | attribute | meaning |
 //! |---|---|
 //! | `name = ".."` | QEMU's `vmsd_name`; a subsection's begins with its owner's, and goes on, mostly with a slash |
-//! | `version = 3` | what is written, and the highest that is read |
+//! | `version = 3` | what is written, and the highest that is read; any version may be a constant of type `u32`, too |
 //! | `minimum_version = 2` | the lowest that is read; without it, only `version` |
 //! | `needed = Self::f` | `fn(&Self) -> bool`: is there anything to send? For devices and subsections |
 //! | `pre_save`, `post_save`, `pre_load` `= Self::f` | `fn(&mut Self) -> Result<(), E>` |
@@ -109,7 +109,7 @@
 //! | `count = FIELD`, `max = 64` | as many elements as an earlier field says; `max` may be left out for `[T; N]` |
 //! | `length = FIELD`, `max = 64` | the same for bytes of a `buffer` and bits of a `bitmap` |
 //! | `count = Self::f`, `length = Self::f` | as many as `fn(&Self)` says, of any integer type |
-//! | `count = 16`, `length = 16` | always so many |
+//! | `count = 16`, `length = PORTS * 2` | always so many: a constant of type `usize`, named in capitals or any other expression |
 //! | `nullable` | an array of `Option`s: those that are `None` here must be null there |
 //! | `as = u8` | the field is a `u8` on the wire, by `TryInto` in both directions |
 //! | `with = MODULE` | by `MODULE::to_wire(&T)` and `MODULE::from_wire(W)`, which return `Result`s |

@@ -762,3 +762,55 @@ fn memory_is_allocated_only_for_bytes_that_are_there() {
         }
     }
 }
+
+const PORTS: usize = 3;
+
+mod machine {
+    pub(super) const WORDS: usize = 2;
+}
+
+/// Counts and versions that have names.
+#[derive(Clone, Debug, Default, PartialEq, VmState)]
+#[vmstate(name = "named", version = Self::NOW, minimum_version = machine_version::OLDEST)]
+struct Named {
+    #[vmstate(uint8, count = PORTS)]
+    ports: Vec<u8>,
+    #[vmstate(buffer, length = Self::BYTES)]
+    bytes: Vec<u8>,
+    #[vmstate(bitmap, length = machine::WORDS * 32 + 1)]
+    bits: Vec<u64>,
+    #[vmstate(uint8, count = { PORTS - 1 }, since = machine_version::OLDEST)]
+    fewer: Vec<u8>,
+    #[vmstate(uint8, since = Self::NOW)]
+    last: u8,
+}
+
+mod machine_version {
+    pub(super) const OLDEST: u32 = 4;
+}
+
+impl Named {
+    const NOW: u32 = 5;
+    const BYTES: usize = 2;
+}
+
+#[test]
+fn counts_and_versions_may_be_constants() {
+    let state = Named {
+        ports: vec![1, 2, 3],
+        bytes: vec![4, 5],
+        bits: vec![6, 7],
+        fewer: vec![8, 9],
+        last: 10,
+    };
+    let bytes = b"\x01\x02\x03\x04\x05\0\0\0\0\0\0\0\x06\0\0\0\0\0\0\0\x07\x08\x09\x0a";
+    is_sent_as(state, &Named::default(), bytes);
+    let description = Named::description();
+    assert_eq!((description.version, description.minimum_version), (5, 4));
+    let since: Vec<_> = description.fields.iter().map(|field| field.since).collect();
+    assert_eq!(since, [0, 0, 0, 4, 5]);
+    assert_eq!(
+        description.fields[0].count,
+        vmferry_vmstate::Count::Fixed(3)
+    );
+}

@@ -7,7 +7,7 @@ struct Disk {
     early: Vec<u32>,
     #[vmstate(uint32)]
     used: u32,
-    #[vmstate(uint32, count = usde, max = 8)]
+    #[vmstate(uint32, count = usde)]
     misspelt: Vec<u32>,
     #[vmstate(uint32, count = used)]
     unbounded: Vec<u32>,
@@ -27,6 +27,10 @@ struct Disk {
     one: u32,
     #[vmstate(uint32, nullable)]
     pointer: Option<u32>,
+    #[vmstate(uint32, count = "8")]
+    text: Vec<u32>,
+    #[vmstate(uint32, count = |disk| 8)]
+    closure: Vec<u32>,
 }
 
 fn main() {}

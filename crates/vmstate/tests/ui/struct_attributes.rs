@@ -20,7 +20,7 @@ struct EmptyName {}
 struct MinimumAbove {}
 
 #[derive(VmState)]
-#[vmstate(name = "uart", version = VERSION)]
+#[vmstate(name = "uart", version = 1 + 1)]
 struct NoNumber {}
 
 #[derive(VmState)]
