@@ -247,8 +247,12 @@ fn counted(
 ) -> Result<TokenStream> {
     let read = match number {
         Number::Constant(constant) => {
+            let block = match constant {
+                Expr::Block(block) => block.to_token_stream(),
+                other => quote!({ #other }),
+            };
             return Ok(quote_spanned! {constant.span()=>
-                ::vmferry_vmstate::Number::<Self>::Fixed(const { #constant })
+                ::vmferry_vmstate::Number::<Self>::Fixed(const #block)
             });
         }
         Number::Field(counter) => quote_spanned! {counter.span()=>
