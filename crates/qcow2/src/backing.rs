@@ -1,0 +1,100 @@
+//! Images with what lies below them.
+//!
+//! Names of backing files are relative to the image that names them. The header must say which
+//! format a backing file has: the first bytes of a raw disk belong to its guest, who could write a
+//! qcow2 header there that leads to any file of the host.
+
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use vmferry_disk::{BlockDevice, RawDisk};
+
+use crate::disk::{OpenOptions, Qcow2Disk};
+use crate::error::Error;
+use crate::header::{BackingFormat, Header};
+use crate::limits::CHAIN_IMAGES_MAX;
+use crate::storage::FileStorage;
+
+/// How to open an image and its chain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ChainOptions {
+    /// Refuse writes. What is below is never written to.
+    pub read_only: bool,
+    /// Take the image locks that QEMU's programs respect, on every file of the chain.
+    pub lock: bool,
+}
+
+/// Open an image and everything below it.
+pub fn open(path: impl AsRef<Path>, options: ChainOptions) -> Result<Qcow2Disk, Error> {
+    open_layer(path.as_ref(), options, &mut Vec::new())
+}
+
+/// The files of a chain so far: a file that comes again is a loop.
+type Seen = Vec<(u64, u64)>;
+
+fn open_layer(path: &Path, options: ChainOptions, seen: &mut Seen) -> Result<Qcow2Disk, Error> {
+    let storage = FileStorage::open(path, options.read_only, options.lock)?;
+    let metadata = storage
+        .file()
+        .metadata()
+        .map_err(Error::storage("stat", "image", 0))?;
+    seen.push((metadata.dev(), metadata.ino()));
+    let header = Header::read(&storage)?;
+    let backing = match (&header.backing_name, header.backing_format()?) {
+        (Some(name), Some(format)) => Some(open_below(path, name, format, options, seen)?),
+        _ => None,
+    };
+    let options = OpenOptions {
+        read_only: options.read_only,
+        ..OpenOptions::default()
+    };
+    Qcow2Disk::open(Arc::new(storage), options, backing)
+}
+
+fn open_below(
+    image: &Path,
+    name: &str,
+    format: BackingFormat,
+    options: ChainOptions,
+    seen: &mut Seen,
+) -> Result<Arc<dyn BlockDevice>, Error> {
+    let refused = |problem: String| Error::Backing {
+        name: name.to_owned(),
+        problem,
+    };
+    let path = resolve(image, name).map_err(refused)?;
+    let metadata = std::fs::metadata(&path).map_err(|error| refused(error.to_string()))?;
+    if seen.contains(&(metadata.dev(), metadata.ino())) {
+        return Err(refused("the chain comes back to this file".into()));
+    }
+    if seen.len() >= CHAIN_IMAGES_MAX {
+        return Err(refused(format!("more than {CHAIN_IMAGES_MAX} images")));
+    }
+    let below = ChainOptions {
+        read_only: true,
+        ..options
+    };
+    Ok(match format {
+        BackingFormat::Qcow2 => Arc::new(open_layer(&path, below, seen)?),
+        BackingFormat::Raw => Arc::new(RawDisk::open(
+            &path,
+            vmferry_disk::OpenOptions {
+                read_only: true,
+                lock: options.lock,
+            },
+        )?),
+    })
+}
+
+/// The path that a name in a header means.
+fn resolve(image: &Path, name: &str) -> Result<PathBuf, String> {
+    let name = name.strip_prefix("file:").unwrap_or(name);
+    // A word and a colon before the first slash name a protocol.
+    let first = name.split('/').next().unwrap_or_default();
+    if let Some((protocol, _)) = first.split_once(':') {
+        return Err(format!("protocol {protocol:?} is not supported"));
+    }
+    let folder = image.parent().unwrap_or(Path::new(""));
+    Ok(folder.join(name))
+}

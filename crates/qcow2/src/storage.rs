@@ -1,0 +1,234 @@
+//! The file that an image lies in.
+
+use std::fs::File;
+use std::io::{self, IoSliceMut};
+use std::num::NonZeroU64;
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use rustix::fs::{Advice, FallocateFlags, SeekFrom, fadvise, fallocate, seek};
+use rustix::io::{Errno, ReadWriteFlags, preadv2};
+use vmferry_disk::{Access, Cached, ImageLock, OpenError};
+
+/// A host file: bytes that grow, callable from several threads at once.
+///
+/// Writes are durable only after [`Storage::flush`]; until then any part of them, in any order, may
+/// survive a crash. Tests implement this to make just that happen.
+pub trait Storage: Send + Sync {
+    /// Length in bytes now.
+    fn length(&self) -> io::Result<u64>;
+
+    /// Fill `buf` from `offset`. What lies past the end reads as zeroes.
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()>;
+
+    /// Fill as much of `buf` as can be had without waiting for the medium.
+    fn read_cached_at(&self, buf: &mut [u8], offset: u64) -> io::Result<Cached>;
+
+    /// Write all of `buf` at `offset`; the file grows as needed, a gap reads as zeroes.
+    fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()>;
+
+    /// Make the file this long; new bytes read as zeroes.
+    fn set_length(&self, length: u64) -> io::Result<()>;
+
+    /// Give the space of a range back. A hint: what it reads as afterwards is not defined.
+    fn punch_hole(&self, offset: u64, length: u64) -> io::Result<()>;
+
+    /// Start writing back the range without waiting. A hint.
+    fn start_writeback(&self, offset: u64, length: u64) -> io::Result<()>;
+
+    /// Make everything written so far durable, the length included.
+    fn flush(&self) -> io::Result<()>;
+}
+
+/// A file or a block device of the host.
+#[derive(Debug)]
+pub struct FileStorage {
+    file: File,
+    is_device: bool,
+    no_punch: AtomicBool,
+    no_cached_reads: AtomicBool,
+    // After the file, so that it is dropped last: the image is ours until all is closed.
+    _lock: Option<ImageLock>,
+}
+
+impl FileStorage {
+    /// Open an existing file; `lock` takes the image lock that QEMU's programs respect.
+    pub fn open(path: impl AsRef<Path>, read_only: bool, lock: bool) -> Result<Self, OpenError> {
+        let path = path.as_ref();
+        let failed = |source: io::Error| match source.kind() {
+            io::ErrorKind::NotFound => OpenError::Missing {
+                path: path.to_owned(),
+            },
+            io::ErrorKind::PermissionDenied => OpenError::Permission {
+                path: path.to_owned(),
+                intent: if read_only { "read" } else { "read and write" },
+            },
+            io::ErrorKind::IsADirectory => OpenError::Directory {
+                path: path.to_owned(),
+            },
+            _ => OpenError::Io {
+                path: path.to_owned(),
+                operation: "open",
+                source,
+            },
+        };
+        let check = |metadata: &std::fs::Metadata| {
+            let kind = metadata.file_type();
+            let path = path.to_owned();
+            if kind.is_dir() {
+                return Err(OpenError::Directory { path });
+            }
+            if !kind.is_file() && !kind.is_block_device() {
+                return Err(OpenError::NotADisk { path });
+            }
+            Ok(kind.is_block_device())
+        };
+        // Asked before the open, which would wait for the other end of a pipe, and again after it.
+        check(&std::fs::metadata(path).map_err(failed)?)?;
+        let file = File::options()
+            .read(true)
+            .write(!read_only)
+            .open(path)
+            .map_err(failed)?;
+        let is_device = check(&file.metadata().map_err(failed)?)?;
+        let access = if read_only {
+            Access::Read
+        } else {
+            Access::Write
+        };
+        let lock = lock
+            .then(|| ImageLock::acquire(&file, path, access))
+            .transpose()?;
+        Ok(Self::of(file, is_device, lock))
+    }
+
+    /// Make an empty file that only its owner may read and write.
+    pub fn create(path: impl AsRef<Path>, lock: bool) -> Result<Self, OpenError> {
+        let path = path.as_ref();
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(path)
+            .map_err(|source| match source.kind() {
+                io::ErrorKind::AlreadyExists => OpenError::Exists {
+                    path: path.to_owned(),
+                },
+                _ => OpenError::Io {
+                    path: path.to_owned(),
+                    operation: "create",
+                    source,
+                },
+            })?;
+        let lock = lock
+            .then(|| ImageLock::acquire(&file, path, Access::Write))
+            .transpose()?;
+        Ok(Self::of(file, false, lock))
+    }
+
+    fn of(file: File, is_device: bool, lock: Option<ImageLock>) -> Self {
+        Self {
+            file,
+            is_device,
+            no_punch: AtomicBool::new(false),
+            no_cached_reads: AtomicBool::new(false),
+            _lock: lock,
+        }
+    }
+
+    /// The file itself, to tell it from others.
+    #[must_use]
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+}
+
+impl Storage for FileStorage {
+    fn length(&self) -> io::Result<u64> {
+        if self.is_device {
+            return Ok(seek(&self.file, SeekFrom::End(0))?);
+        }
+        Ok(self.file.metadata()?.len())
+    }
+
+    fn read_at(&self, mut buf: &mut [u8], mut offset: u64) -> io::Result<()> {
+        while !buf.is_empty() {
+            match self.file.read_at(buf, offset) {
+                Ok(0) => {
+                    buf.fill(0);
+                    break;
+                }
+                Ok(read) => {
+                    buf = buf.get_mut(read..).unwrap_or_default();
+                    offset += read as u64;
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    fn read_cached_at(&self, buf: &mut [u8], offset: u64) -> io::Result<Cached> {
+        if self.no_cached_reads.load(Ordering::Relaxed) {
+            return Ok(Cached::Unsupported);
+        }
+        let buf = &mut [IoSliceMut::new(buf)];
+        match preadv2(&self.file, buf, offset, ReadWriteFlags::NOWAIT) {
+            Ok(0) | Err(Errno::AGAIN | Errno::INTR) => Ok(Cached::Miss),
+            Ok(read) => Ok(Cached::Hit(read)),
+            Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => {
+                self.no_cached_reads.store(true, Ordering::Relaxed);
+                Ok(Cached::Unsupported)
+            }
+            Err(errno) => Err(errno.into()),
+        }
+    }
+
+    fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        self.file.write_all_at(buf, offset)
+    }
+
+    fn set_length(&self, length: u64) -> io::Result<()> {
+        if self.is_device {
+            // A device is as long as it is; a write past its end says so.
+            return Ok(());
+        }
+        self.file.set_len(length)
+    }
+
+    fn punch_hole(&self, offset: u64, length: u64) -> io::Result<()> {
+        if self.no_punch.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        match fallocate(&self.file, mode, offset, length) {
+            Ok(()) | Err(Errno::INVAL | Errno::INTR) => Ok(()),
+            Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::NOTTY) => {
+                self.no_punch.store(true, Ordering::Relaxed);
+                Ok(())
+            }
+            Err(errno) => Err(errno.into()),
+        }
+    }
+
+    /// `POSIX_FADV_DONTNEED` starts write-back of what is dirty and keeps it in memory; what was
+    /// clean in the range leaves the page cache.
+    fn start_writeback(&self, offset: u64, length: u64) -> io::Result<()> {
+        match fadvise(
+            &self.file,
+            offset,
+            NonZeroU64::new(length),
+            Advice::DontNeed,
+        ) {
+            Ok(()) | Err(Errno::INVAL | Errno::NOSYS | Errno::SPIPE) => Ok(()),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+}

@@ -1,0 +1,378 @@
+//! The machine stops after any write, and any part of what was not flushed survives, in any order.
+//! What was flushed must be there, and the image may have lost space, nothing else.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::Arc;
+
+use fastrand::Rng;
+use vmferry_disk::simulated::MemoryDisk;
+use vmferry_disk::{BlockDevice, Unmap};
+use vmferry_qcow2::header::{BackingFormat, Compression};
+use vmferry_qcow2::{CreateOptions, OpenOptions, Qcow2Disk, Repair, check, create};
+
+use crate::support::{Bytes, Event, MemoryFile, SECTOR, qemu_img, rounds, seed};
+
+/// Something that was done to the disk, with what it did to the file.
+struct Deed {
+    events: Range<usize>,
+    what: What,
+}
+
+enum What {
+    /// These bytes have this value, or nothing of it happened yet.
+    Fill(Range<usize>, u8),
+    /// All that came before is durable, and this is what the disk holds.
+    Durable(Vec<u8>),
+    /// The same, and the disk has another length than before.
+    Resized { before: usize, model: Vec<u8> },
+}
+
+struct History {
+    base: Bytes,
+    backing: Option<Vec<u8>>,
+    start: Vec<u8>,
+    log: Vec<Event>,
+    deeds: Vec<Deed>,
+    options: CreateOptions,
+}
+
+fn open(file: &MemoryFile, backing: Option<&[u8]>) -> Qcow2Disk {
+    let backing = backing.map(|bytes| {
+        let disk: Arc<dyn BlockDevice> = Arc::new(MemoryDisk::from_bytes(bytes));
+        disk
+    });
+    let options = OpenOptions {
+        l2_cache_bytes: 0,
+        ..OpenOptions::default()
+    };
+    Qcow2Disk::open(Arc::new(file.clone()), options, backing).unwrap()
+}
+
+fn random_range(rng: &mut Rng, length: usize, cluster: usize) -> Range<usize> {
+    let mut start = rng.usize(..length);
+    if rng.bool() {
+        start -= start % cluster;
+    }
+    let size = match rng.u8(..3) {
+        0 => rng.usize(1..=length),
+        1 => rng.usize(1..=4) * cluster,
+        _ => rng.usize(1..=cluster),
+    };
+    start..(start + size).min(length)
+}
+
+fn make_history(rng: &mut Rng) -> History {
+    let cluster_bits = [9, 9, 9, 10, 12, 16][rng.usize(..6)];
+    let version = if rng.u8(..4) == 0 { 2 } else { 3 };
+    let disk_bytes = rng.usize(
+        1..=if cluster_bits == 16 {
+            1 << 20
+        } else {
+            256 << 10
+        },
+    );
+    let backing = (rng.u8(..3) == 0).then(|| vec![0xB5; rng.usize(1..=disk_bytes * 2)]);
+    let options = CreateOptions {
+        disk_bytes: disk_bytes as u64,
+        version,
+        cluster_bits,
+        refcount_order: if version == 2 { 4 } else { rng.u32(0..=6) },
+        lazy_refcounts: false,
+        compression: Compression::Deflate,
+        backing: backing
+            .is_some()
+            .then(|| ("backing.raw".to_owned(), BackingFormat::Raw)),
+    };
+    let file = MemoryFile::default();
+    create(&file, &options).unwrap();
+    let mut model = vec![0; disk_bytes];
+    if let Some(backing) = &backing {
+        let length = backing.len().min(disk_bytes);
+        model[..length].copy_from_slice(&backing[..length]);
+    }
+    let mut history = History {
+        base: file.bytes(),
+        start: model.clone(),
+        log: Vec::new(),
+        deeds: Vec::new(),
+        options,
+        backing,
+    };
+    file.record();
+    let disk = open(&file, history.backing.as_deref());
+    let cluster = 1 << cluster_bits;
+    let mut tag = 0;
+    for _ in 0..rng.usize(3..30) {
+        let first_event = file.log_length();
+        let range = random_range(rng, model.len(), cluster);
+        let (start, size) = (range.start as u64, range.len() as u64);
+        let what = match rng.u8(..12) {
+            0..=5 => {
+                tag = tag % 250 + 1;
+                disk.write_at(&vec![tag; range.len()], start).unwrap();
+                model[range.clone()].fill(tag);
+                What::Fill(range, tag)
+            }
+            6 | 7 => {
+                let unmap = if rng.bool() { Unmap::May } else { Unmap::Never };
+                disk.write_zeroes(start, size, unmap, false).unwrap();
+                model[range.clone()].fill(0);
+                What::Fill(range, 0)
+            }
+            8 => {
+                disk.discard(start, size).unwrap();
+                // Which parts it took is not this test's business.
+                disk.read_at(&mut model[range.clone()], start).unwrap();
+                What::Fill(range, 0)
+            }
+            9 => {
+                let before = model.len();
+                let wanted = rng.usize(1..=before * 3 / 2);
+                disk.resize(wanted as u64).unwrap();
+                model.resize(wanted, 0);
+                What::Resized {
+                    before,
+                    model: model.clone(),
+                }
+            }
+            _ => {
+                disk.flush().unwrap();
+                What::Durable(model.clone())
+            }
+        };
+        history.deeds.push(Deed {
+            events: first_event..file.log_length(),
+            what,
+        });
+    }
+    disk.close().unwrap();
+    history.log = file.log();
+    history
+}
+
+/// What the file may hold if it was `durable` at the last flush and `pending` came after it.
+fn survivors(rng: &mut Rng, durable: &Bytes, pending: &[Event]) -> Bytes {
+    let mut now = durable.clone();
+    match rng.u8(..4) {
+        0 => {
+            // Whole writes, in their order.
+            for event in pending {
+                if rng.bool() {
+                    event.apply(&mut now);
+                }
+            }
+            now
+        }
+        1 => {
+            for event in pending {
+                event.apply(&mut now);
+            }
+            now
+        }
+        _ => sector_by_sector(rng, durable, pending),
+    }
+}
+
+/// Each sector as it was at some moment of its own.
+fn sector_by_sector(rng: &mut Rng, durable: &Bytes, pending: &[Event]) -> Bytes {
+    let read = |bytes: &Bytes, sector: u64| {
+        let mut content = [0; SECTOR as usize];
+        bytes.read(&mut content, sector * SECTOR);
+        content
+    };
+    let mut now = durable.clone();
+    let mut versions: BTreeMap<u64, Vec<[u8; SECTOR as usize]>> = BTreeMap::new();
+    let mut lengths = vec![durable.length];
+    for event in pending {
+        event.apply(&mut now);
+        lengths.push(now.length);
+        let (offset, length) = match event {
+            Event::Write { offset, bytes } => (*offset, bytes.len() as u64),
+            Event::Punch { offset, length } => (*offset, *length),
+            Event::SetLength(_) | Event::Flush => continue,
+        };
+        for sector in offset / SECTOR..(offset + length).div_ceil(SECTOR) {
+            let known = versions.entry(sector);
+            let known = known.or_insert_with(|| vec![read(durable, sector)]);
+            known.push(read(&now, sector));
+        }
+    }
+    let mut result = durable.clone();
+    for (sector, versions) in versions {
+        result.write(&versions[rng.usize(..versions.len())], sector * SECTOR);
+    }
+    // The length may lag behind, and so may the data behind it.
+    result.set_length(lengths[rng.usize(..lengths.len())]);
+    result
+}
+
+/// Is the disk what it may be if the machine stopped after so many events?
+fn verify(rng: &mut Rng, history: &History, cut: usize, image: &Bytes) {
+    let context = format!(
+        "stopped after event {cut} of {}: {:?}",
+        history.log.len(),
+        history.options
+    );
+    let file = MemoryFile::new(image.clone());
+    let report = check(&file, Repair::None).unwrap();
+    assert_eq!(
+        report.errors + report.flags,
+        0,
+        "{context}: {:?}",
+        report.findings
+    );
+    let last = history
+        .deeds
+        .iter()
+        .rposition(|deed| deed.events.end <= cut && !matches!(deed.what, What::Fill(..)));
+    let flushed = match last.map(|last| &history.deeds[last].what) {
+        Some(What::Durable(model) | What::Resized { model, .. }) => model,
+        _ => &history.start,
+    };
+    let since: Vec<&Deed> = history.deeds[last.map_or(0, |last| last + 1)..]
+        .iter()
+        .take_while(|deed| deed.events.start < cut)
+        .collect();
+    let disk = open(&file, history.backing.as_deref());
+    let mut read = vec![0xEE; disk.disk_bytes() as usize];
+    disk.read_at(&mut read, 0).unwrap();
+    let mut compared = read.len().min(flushed.len());
+    if let Some(Deed {
+        what: What::Resized { before, model },
+        ..
+    }) = since.last()
+    {
+        assert!(
+            read.len() == *before || read.len() == model.len(),
+            "{context}"
+        );
+        assert!(
+            read.iter().skip(*before).all(|byte| *byte == 0),
+            "{context}"
+        );
+        compared = compared.min(*before).min(model.len());
+    } else {
+        assert_eq!(read.len(), flushed.len(), "{context}");
+    }
+    for at in 0..compared {
+        let allowed = read[at] == flushed[at]
+            || since.iter().any(|deed| match &deed.what {
+                What::Fill(range, value) => range.contains(&at) && *value == read[at],
+                _ => false,
+            });
+        assert!(
+            allowed,
+            "{context}: byte {at} is {}, was {}",
+            read[at], flushed[at]
+        );
+    }
+    go_on(rng, &disk, &mut read, &context);
+    disk.close().unwrap();
+    let report = check(&file, Repair::Leaks).unwrap();
+    assert_eq!(
+        report.errors + report.flags,
+        0,
+        "{context}: {:?}",
+        report.findings
+    );
+    let report = check(&file, Repair::None).unwrap();
+    assert!(report.is_clean(), "{context}: {:?}", report.findings);
+}
+
+/// The next writer must not step on what is there.
+fn go_on(rng: &mut Rng, disk: &Qcow2Disk, model: &mut [u8], context: &str) {
+    for tag in [251, 252, 253] {
+        let range = random_range(rng, model.len(), 4096);
+        disk.write_at(&vec![tag; range.len()], range.start as u64)
+            .unwrap();
+        model[range].fill(tag);
+    }
+    let mut read = vec![0xEE; model.len()];
+    disk.read_at(&mut read, 0).unwrap();
+    assert!(
+        read == *model,
+        "{context}: writing on changed something else"
+    );
+}
+
+fn check_with_qemu(image: &Bytes) {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("image.qcow2");
+    image.to_file(&path);
+    std::fs::write(folder.path().join("backing.raw"), [0; 512]).unwrap();
+    let (status, text) = qemu_img(&["check", "-f", "qcow2", path.to_str().unwrap()]);
+    // 3: leaks and nothing else.
+    assert!(
+        status == 0 || status == 3,
+        "qemu-img check: {status}: {text}"
+    );
+}
+
+fn run(seed: u64) -> usize {
+    let mut rng = Rng::with_seed(seed);
+    let history = make_history(&mut rng);
+    let mut durable = history.base.clone();
+    let mut flushed_until = 0;
+    let mut images = 0;
+    for cut in 0..=history.log.len() {
+        let pending = &history.log[flushed_until..cut];
+        for _ in 0..2 {
+            let image = survivors(&mut rng, &durable, pending);
+            if rng.u16(..300) == 0 {
+                check_with_qemu(&image);
+            }
+            verify(&mut rng, &history, cut, &image);
+            images += 1;
+        }
+        if matches!(history.log.get(cut), Some(Event::Flush)) {
+            for event in pending {
+                event.apply(&mut durable);
+            }
+            flushed_until = cut + 1;
+        }
+    }
+    images
+}
+
+#[test]
+fn whatever_survives_a_crash_is_consistent_and_holds_what_was_flushed() {
+    let first = seed();
+    let mut images = 0;
+    for number in 0..rounds(150) {
+        let seed = first.wrapping_add(number);
+        match std::panic::catch_unwind(|| run(seed)) {
+            Ok(count) => images += count,
+            Err(panic) => {
+                println!("history {number}: VMFERRY_SEED={seed}");
+                std::panic::resume_unwind(panic);
+            }
+        }
+    }
+    println!("{images} crashed images were checked");
+}
+
+#[test]
+fn a_flush_syncs_no_more_than_the_order_demands() {
+    let file = MemoryFile::default();
+    create(&file, &CreateOptions::new(1 << 30)).unwrap();
+    let disk = open(&file, None);
+    let syncs_of = |work: &dyn Fn()| {
+        let before = file.syncs();
+        work();
+        disk.flush().unwrap();
+        file.syncs() - before
+    };
+    let write = |at: u64| disk.write_at(&[1; 4096], at).unwrap();
+    assert_eq!(
+        syncs_of(&|| write(0)),
+        2,
+        "a cluster, a table and an L1 entry"
+    );
+    assert_eq!(syncs_of(&|| write(0)), 1, "in place");
+    assert_eq!(syncs_of(&|| {}), 0, "nothing");
+    assert_eq!(syncs_of(&|| write(1 << 20)), 2, "a cluster");
+    assert_eq!(syncs_of(&|| write(1 << 29)), 2, "a cluster and a table");
+    let discard = || disk.discard(1 << 20, 1 << 16).unwrap();
+    assert_eq!(syncs_of(&discard), 1, "only an L2 entry");
+}

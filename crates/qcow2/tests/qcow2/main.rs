@@ -1,0 +1,6 @@
+//! The image format, against models, crashes, threads, hostile files and `qemu-img`.
+
+mod crash;
+mod faults;
+mod model;
+mod support;
