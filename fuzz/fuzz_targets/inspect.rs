@@ -5,16 +5,15 @@
 use std::io::{self, Read};
 
 use libfuzzer_sys::fuzz_target;
-use vmferry_inspect::{Body, Container, VisitError, Visitor, walk};
+use vmferry_inspect::{Body, Container, Event, VisitError, Visitor, walk};
 use vmferry_stream::Record;
-use vmferry_vmstate::{DescriptionError, VmDescription};
 
 /// What was told, payload in one piece.
 #[derive(Debug, Default, PartialEq)]
-struct Told(Vec<Event>);
+struct Told(Vec<Seen>);
 
 #[derive(Debug, PartialEq)]
-enum Event {
+enum Seen {
     Container(Container),
     Record(u64, Record),
     Payload(u64, Vec<u8>),
@@ -25,59 +24,37 @@ enum Event {
 }
 
 impl Visitor for Told {
-    fn container(&mut self, container: &Container) -> Result<(), VisitError> {
-        self.0.push(Event::Container(container.clone()));
-        Ok(())
-    }
-
-    fn record(&mut self, offset: u64, record: &Record) -> Result<(), VisitError> {
-        self.0.push(Event::Record(offset, record.clone()));
-        Ok(())
-    }
-
-    fn payload(&mut self, offset: u64, bytes: &[u8]) -> Result<(), VisitError> {
-        match self.0.last_mut() {
-            Some(Event::Payload(start, payload)) => {
-                assert_eq!(*start + payload.len() as u64, offset, "payload has no gaps");
-                payload.extend(bytes);
+    fn event(&mut self, event: Event<'_>) -> Result<(), VisitError> {
+        let seen = match event {
+            Event::Container(container) => Seen::Container(container.clone()),
+            Event::Record(offset, record) => Seen::Record(offset, record.clone()),
+            Event::Payload(offset, bytes) => match self.0.last_mut() {
+                Some(Seen::Payload(start, payload)) => {
+                    assert_eq!(*start + payload.len() as u64, offset, "payload has no gaps");
+                    payload.extend(bytes);
+                    return Ok(());
+                }
+                _ => Seen::Payload(offset, bytes.to_vec()),
+            },
+            Event::Package(offset) => Seen::Package(offset),
+            Event::PackageEnd(offset) => Seen::PackageEnd(offset),
+            Event::Device(body) => {
+                let Body {
+                    section,
+                    offset,
+                    bytes,
+                    found,
+                } = body;
+                let text = format!("{section:?} at {offset}, {found:?}");
+                Seen::Device(text, bytes.to_vec())
             }
-            _ => self.0.push(Event::Payload(offset, bytes.to_vec())),
-        }
-        Ok(())
-    }
-
-    fn package(&mut self, offset: u64) -> Result<(), VisitError> {
-        self.0.push(Event::Package(offset));
-        Ok(())
-    }
-
-    fn package_end(&mut self, offset: u64) -> Result<(), VisitError> {
-        self.0.push(Event::PackageEnd(offset));
-        Ok(())
-    }
-
-    fn device(&mut self, body: Body<'_>) -> Result<(), VisitError> {
-        let Body {
-            section,
-            offset,
-            bytes,
-            found,
-        } = body;
-        self.0.push(Event::Device(
-            format!("{section:?} at {offset}, {found:?}"),
-            bytes.to_vec(),
-        ));
-        Ok(())
-    }
-
-    fn description(
-        &mut self,
-        offset: u64,
-        text: &[u8],
-        parsed: Result<VmDescription, DescriptionError>,
-    ) -> Result<(), VisitError> {
-        self.0
-            .push(Event::Description(offset, text.to_vec(), parsed.is_ok()));
+            Event::Description(description) => Seen::Description(
+                description.offset,
+                description.text.to_vec(),
+                description.parsed.is_ok(),
+            ),
+        };
+        self.0.push(seen);
         Ok(())
     }
 }

@@ -34,4 +34,4 @@ pub use report::{
     BitmapSummary, DescriptionSource, DeviceReport, DeviceState, DiskSummary, Item, ItemKind,
     MappedSummary, PageCounts, Problem, RamBlockSummary, RamSummary, Report,
 };
-pub use walk::{Body, Finish, Found, VisitError, Visitor, WalkError, walk};
+pub use walk::{Body, Description, Event, Finish, Found, VisitError, Visitor, WalkError, walk};

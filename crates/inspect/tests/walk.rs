@@ -4,9 +4,9 @@ use std::fs;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use vmferry_inspect::{Body, Container, Found, VisitError, Visitor, walk};
-use vmferry_stream::{Record, Section};
-use vmferry_vmstate::{DescriptionError, VmDescription};
+use vmferry_inspect::{Event, Found, VisitError, Visitor, walk};
+use vmferry_stream::Section;
+use vmferry_vmstate::VmDescription;
 
 fn captures() -> Vec<(String, PathBuf)> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../stream/tests/captures");
@@ -42,42 +42,18 @@ struct Told {
 }
 
 impl Visitor for Told {
-    fn container(&mut self, _: &Container) -> Result<(), VisitError> {
-        Ok(())
-    }
-
-    fn record(&mut self, _: u64, _: &Record) -> Result<(), VisitError> {
-        Ok(())
-    }
-
-    fn payload(&mut self, _: u64, bytes: &[u8]) -> Result<(), VisitError> {
-        self.bytes += bytes.len() as u64;
-        Ok(())
-    }
-
-    fn package(&mut self, _: u64) -> Result<(), VisitError> {
-        self.depth += 1;
-        Ok(())
-    }
-
-    fn package_end(&mut self, _: u64) -> Result<(), VisitError> {
-        self.depth -= 1;
-        Ok(())
-    }
-
-    fn device(&mut self, body: Body<'_>) -> Result<(), VisitError> {
-        self.devices
-            .push((body.section.clone(), body.bytes.to_vec(), body.found));
-        Ok(())
-    }
-
-    fn description(
-        &mut self,
-        _: u64,
-        _: &[u8],
-        parsed: Result<VmDescription, DescriptionError>,
-    ) -> Result<(), VisitError> {
-        self.described = Some(parsed?);
+    fn event(&mut self, event: Event<'_>) -> Result<(), VisitError> {
+        match event {
+            Event::Container(_) | Event::Record(..) => {}
+            Event::Payload(_, bytes) => self.bytes += bytes.len() as u64,
+            Event::Package(_) => self.depth += 1,
+            Event::PackageEnd(_) => self.depth -= 1,
+            Event::Device(body) => {
+                let (section, bytes) = (body.section.clone(), body.bytes.to_vec());
+                self.devices.push((section, bytes, body.found));
+            }
+            Event::Description(description) => self.described = Some(description.parsed?),
+        }
         Ok(())
     }
 }

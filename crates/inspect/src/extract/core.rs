@@ -3,7 +3,7 @@
 use std::fs::File;
 
 use vmferry_stream::{Name, Record, Section};
-use vmferry_vmstate::{DescriptionError, SavedBody, VmDescription};
+use vmferry_vmstate::{SavedBody, VmDescription};
 
 use super::cpu::CpuState;
 use super::elf;
@@ -11,8 +11,7 @@ use super::error::ExtractError;
 use super::memory::{BlockImage, Blocks, MemoryImage};
 use super::paging::{self, AddressSpace, Piece};
 use super::physical::{MachineKind, PhysicalMemory, Plan};
-use crate::container::Container;
-use crate::walk::{Body, Found, VisitError, Visitor};
+use crate::walk::{Body, Event, Found, VisitError, Visitor};
 
 /// Bytes of the processors' sections, which are kept until the description is known: 4000 of them.
 const MAX_KEPT_BYTES: usize = 16 << 20;
@@ -175,44 +174,19 @@ impl CoreImage {
 }
 
 impl Visitor for CoreImage {
-    fn container(&mut self, container: &Container) -> Result<(), VisitError> {
-        self.memory.container(container)
-    }
-
-    fn record(&mut self, offset: u64, record: &Record) -> Result<(), VisitError> {
-        if let Record::Configuration(configuration) = record {
-            self.machine = Some(configuration.machine.clone());
+    fn event(&mut self, event: Event<'_>) -> Result<(), VisitError> {
+        match event {
+            Event::Record(_, Record::Configuration(configuration)) => {
+                self.machine = Some(configuration.machine.clone());
+            }
+            Event::Device(body) if body.found != Found::Cut => self.keep(body)?,
+            Event::Description(description) => {
+                self.description = description.parsed.ok();
+                return Ok(());
+            }
+            _ => {}
         }
-        self.memory.record(offset, record)
-    }
-
-    fn payload(&mut self, offset: u64, bytes: &[u8]) -> Result<(), VisitError> {
-        self.memory.payload(offset, bytes)
-    }
-
-    fn package(&mut self, offset: u64) -> Result<(), VisitError> {
-        self.memory.package(offset)
-    }
-
-    fn package_end(&mut self, offset: u64) -> Result<(), VisitError> {
-        self.memory.package_end(offset)
-    }
-
-    fn device(&mut self, body: Body<'_>) -> Result<(), VisitError> {
-        if body.found == Found::Cut {
-            return Ok(());
-        }
-        Ok(self.keep(body)?)
-    }
-
-    fn description(
-        &mut self,
-        _: u64,
-        _: &[u8],
-        parsed: Result<VmDescription, DescriptionError>,
-    ) -> Result<(), VisitError> {
-        self.description = parsed.ok();
-        Ok(())
+        self.memory.event(event)
     }
 }
 
@@ -352,12 +326,12 @@ mod tests {
             instance: InstanceId(0),
             version,
         };
-        let told = image.device(Body {
+        let told = image.event(Event::Device(Body {
             section: &section,
             offset: 0,
             bytes: &vec![0; bytes],
             found: Found::ByFooter,
-        });
+        }));
         told.map_err(|error| error.to_string())
     }
 
@@ -382,7 +356,7 @@ mod tests {
             guest_address: None,
             mapped: None,
         };
-        image.record(0, &Record::Ram(block)).unwrap();
+        image.event(Event::Record(0, &Record::Ram(block))).unwrap();
         // Another architecture's, and one that is too short.
         cpu(&mut image, 22, 4096).unwrap();
         cpu(&mut image, 12, 100).unwrap();

@@ -1,11 +1,9 @@
 //! The bytes of one device, and the text that describes all of them.
 
-use vmferry_stream::{Record, Section};
-use vmferry_vmstate::{DescriptionError, VmDescription};
+use vmferry_stream::Section;
 
 use super::error::ExtractError;
-use crate::container::Container;
-use crate::walk::{Body, Found, VisitError, Visitor};
+use crate::walk::{Body, Event, Found, VisitError, Visitor};
 
 /// Devices that are remembered for a list of choices.
 const MAX_CHOICES: usize = 512;
@@ -75,30 +73,18 @@ fn filtered(choices: Vec<String>, name: &str) -> Vec<String> {
 }
 
 impl Visitor for DeviceBody {
-    fn container(&mut self, _: &Container) -> Result<(), VisitError> {
-        Ok(())
-    }
-
-    fn record(&mut self, _: u64, _: &Record) -> Result<(), VisitError> {
-        Ok(())
-    }
-
-    fn payload(&mut self, _: u64, _: &[u8]) -> Result<(), VisitError> {
-        Ok(())
-    }
-
-    fn package(&mut self, _: u64) -> Result<(), VisitError> {
-        Ok(())
-    }
-
-    fn package_end(&mut self, _: u64) -> Result<(), VisitError> {
-        Ok(())
-    }
-
-    fn device(&mut self, body: Body<'_>) -> Result<(), VisitError> {
-        if body.found == Found::Cut {
-            return Ok(());
+    fn event(&mut self, event: Event<'_>) -> Result<(), VisitError> {
+        if let Event::Device(body) = event
+            && body.found != Found::Cut
+        {
+            self.device(body);
         }
+        Ok(())
+    }
+}
+
+impl DeviceBody {
+    fn device(&mut self, body: Body<'_>) {
         let section = body.section;
         let exact = format!("{}/{}", section.name.as_str(), section.instance.0);
         let is_wanted = match &self.wanted {
@@ -118,16 +104,6 @@ impl Visitor for DeviceBody {
                 body: body.bytes.to_vec(),
             });
         }
-        Ok(())
-    }
-
-    fn description(
-        &mut self,
-        _: u64,
-        _: &[u8],
-        _: Result<VmDescription, DescriptionError>,
-    ) -> Result<(), VisitError> {
-        Ok(())
     }
 }
 
@@ -154,37 +130,10 @@ impl DescriptionText {
 }
 
 impl Visitor for DescriptionText {
-    fn container(&mut self, _: &Container) -> Result<(), VisitError> {
-        Ok(())
-    }
-
-    fn record(&mut self, _: u64, _: &Record) -> Result<(), VisitError> {
-        Ok(())
-    }
-
-    fn payload(&mut self, _: u64, _: &[u8]) -> Result<(), VisitError> {
-        Ok(())
-    }
-
-    fn package(&mut self, _: u64) -> Result<(), VisitError> {
-        Ok(())
-    }
-
-    fn package_end(&mut self, _: u64) -> Result<(), VisitError> {
-        Ok(())
-    }
-
-    fn device(&mut self, _: Body<'_>) -> Result<(), VisitError> {
-        Ok(())
-    }
-
-    fn description(
-        &mut self,
-        _: u64,
-        text: &[u8],
-        _: Result<VmDescription, DescriptionError>,
-    ) -> Result<(), VisitError> {
-        self.text = Some(text.to_vec());
+    fn event(&mut self, event: Event<'_>) -> Result<(), VisitError> {
+        if let Event::Description(description) = event {
+            self.text = Some(description.text.to_vec());
+        }
         Ok(())
     }
 }

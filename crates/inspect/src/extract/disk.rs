@@ -7,13 +7,11 @@ use std::collections::BTreeSet;
 use std::fs::File;
 
 use vmferry_stream::{BLOCK_BYTES, BlockChunk, Name, Record, Sector};
-use vmferry_vmstate::{DescriptionError, VmDescription};
 
 use super::canvas::{Canvas, is_zero};
 use super::error::ExtractError;
 use super::pages::{Page, Pages};
-use crate::container::Container;
-use crate::walk::{Body, VisitError, Visitor};
+use crate::walk::{Event, VisitError, Visitor};
 
 /// Names that are remembered for a list of choices.
 const MAX_NAMES: usize = 64;
@@ -204,18 +202,8 @@ impl DiskImage {
     }
 }
 
-/// The first and the last slot of a range that is not empty.
-fn slots(start: u64, bytes: u64) -> (u64, u64) {
-    let last = start.saturating_add(bytes.saturating_sub(1));
-    (start >> SLOT_BITS, last >> SLOT_BITS)
-}
-
-impl Visitor for DiskImage {
-    fn container(&mut self, _: &Container) -> Result<(), VisitError> {
-        Ok(())
-    }
-
-    fn record(&mut self, _: u64, record: &Record) -> Result<(), VisitError> {
+impl DiskImage {
+    fn record(&mut self, record: &Record) -> Result<(), ExtractError> {
         self.incoming = None;
         self.chunk.clear();
         match record {
@@ -231,30 +219,21 @@ impl Visitor for DiskImage {
         }
         Ok(())
     }
+}
 
-    fn payload(&mut self, _: u64, bytes: &[u8]) -> Result<(), VisitError> {
-        Ok(self.take(bytes)?)
-    }
+/// The first and the last slot of a range that is not empty.
+fn slots(start: u64, bytes: u64) -> (u64, u64) {
+    let last = start.saturating_add(bytes.saturating_sub(1));
+    (start >> SLOT_BITS, last >> SLOT_BITS)
+}
 
-    fn package(&mut self, _: u64) -> Result<(), VisitError> {
-        Ok(())
-    }
-
-    fn package_end(&mut self, _: u64) -> Result<(), VisitError> {
-        Ok(())
-    }
-
-    fn device(&mut self, _: Body<'_>) -> Result<(), VisitError> {
-        Ok(())
-    }
-
-    fn description(
-        &mut self,
-        _: u64,
-        _: &[u8],
-        _: Result<VmDescription, DescriptionError>,
-    ) -> Result<(), VisitError> {
-        Ok(())
+impl Visitor for DiskImage {
+    fn event(&mut self, event: Event<'_>) -> Result<(), VisitError> {
+        match event {
+            Event::Record(_, record) => Ok(self.record(record)?),
+            Event::Payload(_, bytes) => Ok(self.take(bytes)?),
+            _ => Ok(()),
+        }
     }
 }
 
@@ -275,7 +254,7 @@ mod tests {
         }
 
         fn chunk(&mut self, chunk: BlockChunk) -> Result<(), String> {
-            let told = self.0.record(0, &Record::Block(chunk));
+            let told = self.0.event(Event::Record(0, &Record::Block(chunk)));
             told.map_err(|error| error.to_string())
         }
 
@@ -285,7 +264,7 @@ mod tests {
                 device: Name::new(device).unwrap(),
             })?;
             for piece in vec![byte; 1 << 20].chunks(300_000) {
-                self.0.payload(0, piece).unwrap();
+                self.0.event(Event::Payload(0, piece)).unwrap();
             }
             Ok(())
         }
@@ -392,7 +371,7 @@ mod tests {
             device: Name::new("d").unwrap(),
         };
         disk.chunk(half).unwrap();
-        disk.0.payload(0, &[1; 1 << 19]).unwrap();
+        disk.0.event(Event::Payload(0, &[1; 1 << 19])).unwrap();
         let (file, report) = disk.0.finish().unwrap();
         let metadata = file.metadata().unwrap();
         assert_eq!(metadata.len(), (1 << 40) + MIB);

@@ -9,13 +9,11 @@ use std::fs::File;
 use std::io::Read;
 
 use vmferry_stream::{Command, DiscardRange, Name, PageBits, RamPage, RamRecord, Record, xbzrle};
-use vmferry_vmstate::{DescriptionError, VmDescription};
 
 use super::canvas::{Canvas, is_zero};
 use super::error::ExtractError;
 use super::pages::{Page, Pages};
-use crate::container::Container;
-use crate::walk::{Body, VisitError, Visitor};
+use crate::walk::{Event, VisitError, Visitor};
 
 /// Blocks start at multiples of this in a file of several: whatever the page size is, a page does
 /// not share a file system's block with another one.
@@ -538,49 +536,21 @@ impl MemoryImage {
 }
 
 impl Visitor for MemoryImage {
-    fn record(&mut self, _: u64, record: &Record) -> Result<(), VisitError> {
-        match record {
-            Record::Configuration(configuration) => {
+    fn event(&mut self, event: Event<'_>) -> Result<(), VisitError> {
+        match event {
+            Event::Record(_, Record::Configuration(configuration)) => {
                 if let Some(bits) = configuration.page_bits {
                     self.page_bits = bits;
                 }
             }
-            Record::Ram(record) => self.ram(record)?,
-            Record::Command(Command::PostcopyRamDiscard { block, .. }) => {
+            Event::Record(_, Record::Ram(record)) => self.ram(record)?,
+            Event::Record(_, Record::Command(Command::PostcopyRamDiscard { block, .. })) => {
                 self.discard = Some(block.clone());
             }
-            Record::DiscardRange(range) => self.forget(*range)?,
+            Event::Record(_, Record::DiscardRange(range)) => self.forget(*range)?,
+            Event::Payload(_, bytes) => self.take(bytes)?,
             _ => {}
         }
-        Ok(())
-    }
-
-    fn payload(&mut self, _: u64, bytes: &[u8]) -> Result<(), VisitError> {
-        Ok(self.take(bytes)?)
-    }
-
-    fn container(&mut self, _: &Container) -> Result<(), VisitError> {
-        Ok(())
-    }
-
-    fn package(&mut self, _: u64) -> Result<(), VisitError> {
-        Ok(())
-    }
-
-    fn package_end(&mut self, _: u64) -> Result<(), VisitError> {
-        Ok(())
-    }
-
-    fn device(&mut self, _: Body<'_>) -> Result<(), VisitError> {
-        Ok(())
-    }
-
-    fn description(
-        &mut self,
-        _: u64,
-        _: &[u8],
-        _: Result<VmDescription, DescriptionError>,
-    ) -> Result<(), VisitError> {
         Ok(())
     }
 }

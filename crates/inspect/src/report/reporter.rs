@@ -3,7 +3,7 @@
 use vmferry_stream::{
     Command, Configuration, Content, Ending, Name, Record, Section, SectionKind, Shown,
 };
-use vmferry_vmstate::{BodyLayout, DescriptionError, VmDescription};
+use vmferry_vmstate::{BodyLayout, VmDescription};
 
 use super::contents::{Bitmaps, Disks};
 use super::ram::RamTally;
@@ -14,7 +14,7 @@ use crate::container::Container;
 use crate::limits::{
     HELD_BYTES_MAX, PROBLEMS_MAX, REPORT_DEVICES_MAX, REPORT_ITEMS_MAX, REPORT_NAMES_MAX,
 };
-use crate::walk::{Body, Finish, VisitError, Visitor, WalkError};
+use crate::walk::{Body, Event, Finish, VisitError, Visitor, WalkError};
 
 /// Live sections whose PARTs are counted together although they take turns.
 const SECTIONS_IN_TURN_MAX: usize = 16;
@@ -221,12 +221,25 @@ impl Reporter {
 }
 
 impl Visitor for Reporter {
-    fn container(&mut self, container: &Container) -> Result<(), VisitError> {
-        self.container = container.clone();
+    fn event(&mut self, event: Event<'_>) -> Result<(), VisitError> {
+        match event {
+            Event::Container(container) => self.container = container.clone(),
+            Event::Record(offset, record) => self.record(offset, record),
+            Event::Payload(offset, bytes) => self.payload(offset, bytes),
+            Event::Package(offset) => self.package(offset),
+            Event::PackageEnd(offset) => self.package_end(offset),
+            Event::Device(body) => self.device(body),
+            Event::Description(description) => match description.parsed {
+                Ok(parsed) => self.description = Some(parsed),
+                Err(error) => self.problem(description.offset, error.to_string()),
+            },
+        }
         Ok(())
     }
+}
 
-    fn record(&mut self, offset: u64, record: &Record) -> Result<(), VisitError> {
+impl Reporter {
+    fn record(&mut self, offset: u64, record: &Record) {
         if let Some(end) = self.section_end.take() {
             self.footers.get_or_insert(offset > end);
         }
@@ -271,10 +284,9 @@ impl Visitor for Reporter {
             Record::Eof => self.begin_item(offset, ItemKind::Eof),
             Record::Description { .. } => self.begin_item(offset, ItemKind::Description),
         }
-        Ok(())
     }
 
-    fn payload(&mut self, offset: u64, bytes: &[u8]) -> Result<(), VisitError> {
+    fn payload(&mut self, offset: u64, bytes: &[u8]) {
         match self.open.as_ref().map(Section::content) {
             Some(Content::Ram) => {
                 if let Err(text) = self.ram.payload(bytes) {
@@ -284,17 +296,15 @@ impl Visitor for Reporter {
             Some(Content::DirtyBitmap) => self.bitmaps.payload(bytes),
             Some(Content::Block | Content::Device) | None => {}
         }
-        Ok(())
     }
 
-    fn package(&mut self, offset: u64) -> Result<(), VisitError> {
+    fn package(&mut self, offset: u64) {
         self.end_item(offset);
         self.package = Some((self.items.len().saturating_sub(1), offset));
         self.in_package = true;
-        Ok(())
     }
 
-    fn package_end(&mut self, offset: u64) -> Result<(), VisitError> {
+    fn package_end(&mut self, offset: u64) {
         self.end_item(offset);
         self.in_package = false;
         if let Some((place, start)) = self.package.take()
@@ -302,10 +312,9 @@ impl Visitor for Reporter {
         {
             item.bytes = item.bytes.saturating_add(offset.saturating_sub(start));
         }
-        Ok(())
     }
 
-    fn device(&mut self, body: Body<'_>) -> Result<(), VisitError> {
+    fn device(&mut self, body: Body<'_>) {
         if self.devices.len() >= REPORT_DEVICES_MAX {
             if !self.has_too_many_devices {
                 self.has_too_many_devices = true;
@@ -314,7 +323,7 @@ impl Visitor for Reporter {
                     format!("more than {REPORT_DEVICES_MAX} devices"),
                 );
             }
-            return Ok(());
+            return;
         }
         let kept = self.keep_bytes.checked_sub(body.bytes.len());
         self.keep_bytes = kept.unwrap_or(self.keep_bytes);
@@ -331,25 +340,6 @@ impl Visitor for Reporter {
             found: body.found,
             described_as: None,
         });
-        Ok(())
-    }
-
-    fn description(
-        &mut self,
-        offset: u64,
-        _: &[u8],
-        parsed: Result<VmDescription, DescriptionError>,
-    ) -> Result<(), VisitError> {
-        match parsed {
-            Ok(description) => self.description = Some(description),
-            Err(error) => {
-                // It may be told while a device is open, which is not at fault.
-                let open = self.open.take();
-                self.problem(offset, error.to_string());
-                self.open = open;
-            }
-        }
-        Ok(())
     }
 }
 

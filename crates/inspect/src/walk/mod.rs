@@ -37,58 +37,47 @@ use slice::{Slice, Walked};
 /// Why a visitor wants no more.
 pub type VisitError = Box<dyn std::error::Error + Send + Sync>;
 
-/// What is told of a stream while it goes by, in its order. Offsets are bytes of the input, whatever
-/// container the stream is in.
+/// Looks at a stream while it goes by.
 pub trait Visitor {
+    /// Something was found.
+    ///
+    /// # Errors
+    /// Ends the walk.
+    fn event(&mut self, event: Event<'_>) -> Result<(), VisitError>;
+}
+
+/// What is told of a stream, in its order. Offsets are bytes of the input, whatever container the
+/// stream is in.
+#[derive(Debug)]
+pub enum Event<'a> {
     /// What stands before the stream.
-    ///
-    /// # Errors
-    /// Ends the walk.
-    fn container(&mut self, container: &Container) -> Result<(), VisitError>;
-
-    /// A record, which starts at byte `offset`. A section of a device is told by
-    /// [`Visitor::device`] too, before its [`Record::SectionEnd`].
-    ///
-    /// # Errors
-    /// Ends the walk.
-    fn record(&mut self, offset: u64, record: &Record) -> Result<(), VisitError>;
-
-    /// Payload of the record before, in pieces: `bytes` stands at byte `offset`. Bodies of live
-    /// sections that nobody knows are payload too; devices, the description and packages are not.
-    ///
-    /// # Errors
-    /// Ends the walk.
-    fn payload(&mut self, offset: u64, bytes: &[u8]) -> Result<(), VisitError>;
-
-    /// What follows is inside a package, up to [`Visitor::package_end`].
-    ///
-    /// # Errors
-    /// Ends the walk.
-    fn package(&mut self, offset: u64) -> Result<(), VisitError>;
-
-    /// The package ended before byte `offset`.
-    ///
-    /// # Errors
-    /// Ends the walk.
-    fn package_end(&mut self, offset: u64) -> Result<(), VisitError>;
-
+    Container(&'a Container),
+    /// A record, which starts at this byte. The section of a device is told by [`Event::Device`],
+    /// too, before its [`Record::SectionEnd`].
+    Record(u64, &'a Record),
+    /// Payload of the record before, in pieces that start at this byte. Bodies of live sections that
+    /// nobody knows are payload, too; devices, the description and packages are not.
+    Payload(u64, &'a [u8]),
+    /// What follows this byte is inside a package.
+    Package(u64),
+    /// The package ended before this byte.
+    PackageEnd(u64),
     /// The body of a device's section; what there is of it, if the input ends inside ([`Found::Cut`]).
-    ///
-    /// # Errors
-    /// Ends the walk.
-    fn device(&mut self, body: Body<'_>) -> Result<(), VisitError>;
+    Device(Body<'a>),
+    /// The description. Told as soon as it is known: before the devices that were held for its sake,
+    /// and before its own record.
+    Description(Description<'a>),
+}
 
-    /// The description, whose text starts at byte `offset`. Told as soon as it is known: before the
-    /// devices that were held for its sake, and before its own record.
-    ///
-    /// # Errors
-    /// Ends the walk.
-    fn description(
-        &mut self,
-        offset: u64,
-        text: &[u8],
-        parsed: Result<VmDescription, DescriptionError>,
-    ) -> Result<(), VisitError>;
+/// The description of a stream's devices.
+#[derive(Debug)]
+pub struct Description<'a> {
+    /// Where its text starts in the input.
+    pub offset: u64,
+    /// Its text.
+    pub text: &'a [u8],
+    /// The text, read.
+    pub parsed: Result<VmDescription, DescriptionError>,
 }
 
 /// The body of a device.
@@ -180,7 +169,7 @@ pub struct Finish {
 pub fn walk(input: impl Read, visitor: &mut impl Visitor) -> Result<Finish, WalkError> {
     let mut source = Source::new(input);
     let container = container::read(&mut source)?;
-    told(visitor.container(&container))?;
+    told(visitor.event(Event::Container(&container)))?;
     let base = source.offset();
     let mut walk = Walk {
         source,
@@ -226,7 +215,7 @@ impl<R: Read, V: Visitor> Walk<'_, R, V> {
                 Step::End => return self.finish(Ending::WithDescription),
                 Step::Record { record, used } => {
                     self.source.consume(used);
-                    told(self.visitor.record(offset, &record))?;
+                    told(self.visitor.event(Event::Record(offset, &record)))?;
                     self.follow(&record)?;
                 }
             }
@@ -258,7 +247,10 @@ impl<R: Read, V: Visitor> Walk<'_, R, V> {
             let window = self.source.window();
             let piece = window.get(..left).unwrap_or(window);
             let used = piece.len();
-            told(self.visitor.payload(self.source.offset(), piece))?;
+            told(
+                self.visitor
+                    .event(Event::Payload(self.source.offset(), piece)),
+            )?;
             self.source.consume(used);
             left = left.saturating_sub(used);
         }
@@ -296,7 +288,7 @@ impl<R: Read, V: Visitor> Walk<'_, R, V> {
         let offset = self.source.offset();
         let what = "a package";
         let (package, is_whole) = self.announced(bytes, HELD_BYTES_MAX, what)?;
-        told(self.visitor.package(offset))?;
+        told(self.visitor.event(Event::Package(offset)))?;
         let mut nested = self.decoder.package();
         let mut slice = Slice {
             decoder: &mut nested,
@@ -322,19 +314,19 @@ impl<R: Read, V: Visitor> Walk<'_, R, V> {
             }
             Walked::Open(section) => {
                 let start = usize::try_from(nested.offset()).unwrap_or(usize::MAX);
-                told(self.visitor.device(Body {
+                told(self.visitor.event(Event::Device(Body {
                     section: &section,
                     offset: offset.saturating_add(nested.offset()),
                     bytes: package.get(start..).unwrap_or_default(),
                     found: Found::Cut,
-                }))?;
+                })))?;
                 return Err(cut_device(&nested, count(package.len()), offset));
             }
         }
         if !is_whole {
             return self.truncated();
         }
-        told(self.visitor.package_end(self.source.offset()))
+        told(self.visitor.event(Event::PackageEnd(self.source.offset())))
     }
 
     fn description(&mut self, bytes: u32) -> Result<(), WalkError> {
@@ -346,7 +338,12 @@ impl<R: Read, V: Visitor> Walk<'_, R, V> {
         if let Described::NotYet = self.described {
             self.described = Described::Told;
             let parsed = VmDescription::parse(&text);
-            told(self.visitor.description(offset, &text, parsed))?;
+            let text = &text;
+            told(self.visitor.event(Event::Description(Description {
+                offset,
+                text,
+                parsed,
+            })))?;
         }
         Ok(())
     }
@@ -464,7 +461,11 @@ impl<R: Read, V: Visitor> Walk<'_, R, V> {
             lengths = parsed.as_ref().ok().map(Layouts::of);
             self.described = Described::Told;
             let start = base.saturating_add(count(start));
-            told(self.visitor.description(start, text, parsed))?;
+            told(self.visitor.event(Event::Description(Description {
+                offset: start,
+                text,
+                parsed,
+            })))?;
         }
         let is_described = lengths.is_some();
         let mut slice = Slice {
@@ -487,12 +488,12 @@ impl<R: Read, V: Visitor> Walk<'_, R, V> {
             Walked::Open(section) => {
                 let offset = self.base.saturating_add(self.decoder.offset());
                 let start = usize::try_from(offset.saturating_sub(base)).unwrap_or(usize::MAX);
-                told(self.visitor.device(Body {
+                told(self.visitor.event(Event::Device(Body {
                     section: &section,
                     offset,
                     bytes: self.source.window().get(start..).unwrap_or_default(),
                     found: Found::Cut,
-                }))?;
+                })))?;
                 let end = self.source.offset_of_end().saturating_sub(self.base);
                 return Err(cut_device(&self.decoder, end, self.base));
             }

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 
 use vmferry_stream::{Command, Content, Decoder, Record, Section, Step};
 
-use super::{Body, Found, Visitor, WalkError, count, shifted, told};
+use super::{Body, Event, Found, Visitor, WalkError, count, shifted, told};
 use crate::layouts::Layouts;
 use crate::scan::{self, End, Wanted};
 
@@ -53,13 +53,13 @@ impl<V: Visitor> Slice<'_, V> {
                         return Ok(Walked::Short(at));
                     };
                     if !is_description {
-                        told(self.visitor.payload(offset, piece))?;
+                        told(self.visitor.event(Event::Payload(offset, piece)))?;
                     }
                     at = at.saturating_add(bytes);
                 }
                 Step::Record { record, used } => {
                     at = at.saturating_add(used);
-                    told(self.visitor.record(offset, &record))?;
+                    told(self.visitor.event(Event::Record(offset, &record)))?;
                     // Its text has been told.
                     is_description = matches!(record, Record::Description { .. });
                     match record {
@@ -87,12 +87,12 @@ impl<V: Visitor> Slice<'_, V> {
         let Some(bytes) = rest.get(..length) else {
             return Ok(None);
         };
-        told(self.visitor.device(Body {
+        told(self.visitor.event(Event::Device(Body {
             section,
             offset,
             bytes,
             found,
-        }))?;
+        })))?;
         self.decoder.skip_device(count(length));
         if length > 0 {
             let announced = self.decoder.step(rest);

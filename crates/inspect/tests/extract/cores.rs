@@ -1,11 +1,10 @@
 //! Cores of real streams.
 
 use vmferry_inspect::{
-    Addresses, Body, Container, CoreImage, CoreOptions, CpuState, MachineKind, VisitError, Visitor,
+    Addresses, CoreImage, CoreOptions, CpuState, Event, MachineKind, VisitError, Visitor,
     WhyPhysical, walk,
 };
-use vmferry_stream::Record;
-use vmferry_vmstate::{DescriptionError, SavedBody, VmDescription};
+use vmferry_vmstate::{SavedBody, VmDescription};
 
 use crate::{bytes_of, capture, captures};
 
@@ -18,47 +17,23 @@ struct Both {
 }
 
 impl Visitor for Both {
-    fn container(&mut self, _: &Container) -> Result<(), VisitError> {
-        Ok(())
-    }
-
-    fn record(&mut self, _: u64, _: &Record) -> Result<(), VisitError> {
-        Ok(())
-    }
-
-    fn payload(&mut self, _: u64, _: &[u8]) -> Result<(), VisitError> {
-        Ok(())
-    }
-
-    fn package(&mut self, _: u64) -> Result<(), VisitError> {
-        Ok(())
-    }
-
-    fn package_end(&mut self, _: u64) -> Result<(), VisitError> {
-        Ok(())
-    }
-
-    fn device(&mut self, body: Body<'_>) -> Result<(), VisitError> {
-        if body.section.name == "cpu" {
-            self.known = CpuState::from_body(body.section.version, body.bytes);
-            let description = self.description.as_ref();
-            let layout = description.and_then(|description| description.device("cpu", 0));
-            if let Some(SavedBody::Described(state)) =
-                layout.map(|layout| layout.decode(body.bytes).unwrap())
-            {
-                self.described = CpuState::from_saved(&state);
+    fn event(&mut self, event: Event<'_>) -> Result<(), VisitError> {
+        match event {
+            Event::Device(body) if body.section.name == "cpu" => {
+                self.known = CpuState::from_body(body.section.version, body.bytes);
+                let description = self.description.as_ref();
+                let layout = description.and_then(|description| description.device("cpu", 0));
+                if let Some(SavedBody::Described(state)) =
+                    layout.map(|layout| layout.decode(body.bytes).unwrap())
+                {
+                    self.described = CpuState::from_saved(&state);
+                }
             }
+            Event::Description(description) => {
+                self.description = Some(description.parsed.unwrap());
+            }
+            _ => {}
         }
-        Ok(())
-    }
-
-    fn description(
-        &mut self,
-        _: u64,
-        _: &[u8],
-        parsed: Result<VmDescription, DescriptionError>,
-    ) -> Result<(), VisitError> {
-        self.description = Some(parsed.unwrap());
         Ok(())
     }
 }

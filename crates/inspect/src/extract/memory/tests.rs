@@ -37,12 +37,12 @@ struct Painter(MemoryImage);
 
 impl Painter {
     fn ram(&mut self, record: RamRecord) -> Result<(), String> {
-        let told = self.0.record(0, &Record::Ram(record));
+        let told = self.0.event(Event::Record(0, &Record::Ram(record)));
         told.map_err(|error| error.to_string())
     }
 
     fn payload(&mut self, bytes: &[u8]) -> Result<(), String> {
-        let told = self.0.payload(0, bytes);
+        let told = self.0.event(Event::Payload(0, bytes));
         told.map_err(|error| error.to_string())
     }
 
@@ -77,12 +77,14 @@ impl Painter {
     fn discard(&mut self, start: u64, length: u64) -> Result<(), String> {
         let block = name("m");
         let command = Command::PostcopyRamDiscard { block, ranges: 1 };
-        self.0.record(0, &Record::Command(command)).unwrap();
+        self.0
+            .event(Event::Record(0, &Record::Command(command)))
+            .unwrap();
         let range = DiscardRange {
             start_bytes: start,
             length_bytes: length,
         };
-        let told = self.0.record(0, &Record::DiscardRange(range));
+        let told = self.0.event(Event::Record(0, &Record::DiscardRange(range)));
         told.map_err(|error| error.to_string())
     }
 
@@ -347,7 +349,7 @@ fn pages_have_the_size_that_the_configuration_says() {
         ..Configuration::default()
     };
     let record = Record::Configuration(configuration);
-    memory.0.record(0, &record).unwrap();
+    memory.0.event(Event::Record(0, &record)).unwrap();
     memory.zero("m", 4).unwrap();
     assert!(memory.zero("m", 5).is_err());
     assert_eq!(memory.finish().2[0].zero_bytes, 4 * PAGE);
