@@ -5,7 +5,7 @@ use std::ops::RangeInclusive;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::description::Description;
-use crate::device::{BoxError, Decoded, Device, DeviceError};
+use crate::device::{BoxError, Decoded, Device, DeviceError, Origin};
 use crate::loader::Loader;
 use crate::saved::SavedBody;
 use crate::state::VmState;
@@ -278,9 +278,10 @@ fn lock<T>(device: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 fn failed(hook: &'static str, owner: &str, source: BoxError) -> DeviceError {
-    DeviceError::Hook {
-        hook,
-        owner: owner.into(),
-        source,
-    }
+    let loading = hook == "restore";
+    let owner = Origin {
+        offset: loading.then_some(0),
+        ..owner.into()
+    };
+    DeviceError::hook(hook, owner, source)
 }

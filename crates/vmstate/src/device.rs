@@ -1,5 +1,9 @@
 //! A device as the registry sees it.
 
+use std::fmt;
+
+use vmferry_stream::Blame;
+
 use crate::description::Description;
 use crate::saved::SavedBody;
 
@@ -55,8 +59,8 @@ impl Decoded {
     }
 }
 
-impl std::fmt::Debug for Decoded {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Debug for Decoded {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Decoded")
             .field("used", &self.used)
             .finish_non_exhaustive()
@@ -75,9 +79,9 @@ pub enum DeviceError {
         field: String,
     },
     /// A field holds what it must not.
-    #[error("field '{field}' (byte {offset} of the device): {fault}")]
+    #[error("{}byte {offset} of the device{}: {fault}", in_field(.field), if .field.is_empty() { "" } else { ")" })]
     Field {
-        /// Path of the field: struct, index, name.
+        /// Path of the field: struct, index, name; empty for the device as a whole.
         field: String,
         /// Offset in the body.
         offset: usize,
@@ -85,12 +89,12 @@ pub enum DeviceError {
         fault: String,
     },
     /// A hook failed.
-    #[error("{hook} of '{owner}': {source}")]
+    #[error("{hook} of {owner}: {source}")]
     Hook {
         /// Which of them, such as `post_load`.
         hook: &'static str,
         /// The description that it belongs to.
-        owner: String,
+        owner: Origin,
         /// What it said.
         source: BoxError,
     },
@@ -103,10 +107,10 @@ pub enum DeviceError {
         fault: String,
     },
     /// The body has a version that is not read here.
-    #[error("version {version} of '{owner}' is not supported, only {lowest} to {highest}")]
+    #[error("version {version} of {owner} is not supported, only {lowest} to {highest}")]
     Version {
         /// The description.
-        owner: String,
+        owner: Origin,
         /// Version of the body.
         version: u32,
         /// Lowest that is read.
@@ -119,10 +123,111 @@ pub enum DeviceError {
     Unmigratable(String),
 }
 
+/// A description that an error is about, and where it stands in the device.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Origin {
+    /// Name of the description.
+    pub name: String,
+    /// Path of the field that holds it: struct, index, name; empty for the device itself.
+    pub field: String,
+    /// Offset in the body, when loading.
+    pub offset: Option<usize>,
+}
+
+impl From<&str> for Origin {
+    fn from(name: &str) -> Self {
+        Self {
+            name: name.to_owned(),
+            ..Self::default()
+        }
+    }
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "'{}'", self.name)?;
+        match (self.field.as_str(), self.offset) {
+            ("", _) => Ok(()),
+            (field, None) if field == self.name => Ok(()),
+            (field, Some(offset)) if field == self.name => {
+                write!(f, " (byte {offset} of the device)")
+            }
+            (field, None) => write!(f, " (field '{field}')"),
+            (field, Some(offset)) => {
+                write!(f, " (field '{field}', byte {offset} of the device)")
+            }
+        }
+    }
+}
+
+/// The beginning of what is said about a field.
+fn in_field(field: &str) -> String {
+    match field {
+        "" => String::new(),
+        field => format!("field '{field}' ("),
+    }
+}
+
+/// What a load hook says when the state that came is wrong: then it is not this host that fails, but
+/// who sent or stored the state.
+///
+/// ```
+/// use vmferry_vmstate::{BadState, Loader, VmState};
+///
+/// #[derive(VmState)]
+/// #[vmstate(name = "fifo", version = 1, post_load = Self::check)]
+/// struct Fifo {
+///     #[vmstate(uint8)]
+///     level: u8,
+/// }
+///
+/// impl Fifo {
+///     fn check(&mut self, _version: u32) -> Result<(), BadState> {
+///         match self.level {
+///             0..=16 => Ok(()),
+///             level => Err(BadState(format!("level {level} is above 16"))),
+///         }
+///     }
+/// }
+///
+/// let error = Fifo { level: 0 }.load(&mut Loader::whole(b"\x11"), 1).unwrap_err();
+/// assert_eq!(error.blame(), vmferry_stream::Blame::Peer);
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct BadState(pub String);
+
 /// What a hook or a conversion says when it fails; `"text".into()` makes one.
 pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
 impl DeviceError {
+    /// Whose fault it is: the peer's (or that of stored data), if the bytes are wrong or a load hook
+    /// said [`BadState`]; this host's, if another hook failed or a value of this side cannot be sent.
+    #[must_use]
+    pub fn blame(&self) -> Blame {
+        match self {
+            Self::Incomplete { .. } | Self::Field { .. } | Self::Version { .. } => Blame::Peer,
+            Self::Hook { .. } | Self::Unsaveable { .. } => Blame::Host,
+            Self::Unmigratable(_) => Blame::Caller,
+        }
+    }
+
+    /// A hook failed. When loading, one that said [`BadState`] has found a fault in the bytes.
+    pub(crate) fn hook(hook: &'static str, owner: Origin, source: BoxError) -> Self {
+        match owner.offset {
+            Some(offset) if source.is::<BadState>() => Self::Field {
+                fault: format!("{hook} of '{}': {source}", owner.name),
+                field: owner.field,
+                offset,
+            },
+            _ => Self::Hook {
+                hook,
+                owner,
+                source,
+            },
+        }
+    }
+
     /// The value cannot be saved. The field's name is added on the way out.
     #[must_use]
     pub fn unsaveable(fault: impl Into<String>) -> Self {
@@ -137,6 +242,14 @@ impl DeviceError {
     pub(crate) fn inside(mut self, name: &str) -> Self {
         if let Self::Incomplete { field, .. }
         | Self::Field { field, .. }
+        | Self::Hook {
+            owner: Origin { field, .. },
+            ..
+        }
+        | Self::Version {
+            owner: Origin { field, .. },
+            ..
+        }
         | Self::Unsaveable { field, .. } = &mut self
         {
             let dot = match field.chars().next() {

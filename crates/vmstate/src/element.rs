@@ -3,7 +3,7 @@
 use std::marker::PhantomData;
 
 use crate::description::Description;
-use crate::device::{BoxError, DeviceError};
+use crate::device::{BoxError, DeviceError, Origin};
 use crate::loader::Loader;
 use crate::saved::{Content, FieldType, SavedState};
 use crate::state::VmState;
@@ -28,6 +28,10 @@ pub trait Element<T>: Send + Sync + 'static {
     /// # Errors
     /// The window is too short, the bytes are wrong, or a hook refused them.
     fn load(&self, value: &mut T, loader: &mut Loader<'_>) -> Result<(), DeviceError>;
+
+    /// A value to begin loading with that is not of this side; `None` if loading looks at what this
+    /// side has.
+    fn blank(&self) -> Option<T>;
 
     /// Tell a struct that it is in place.
     ///
@@ -146,6 +150,10 @@ impl<T, C: Codec<T>> Element<T> for Plain<C> {
         self.0.save(value, &mut out.bytes)
     }
 
+    fn blank(&self) -> Option<T> {
+        self.0.blank()
+    }
+
     fn load(&self, value: &mut T, loader: &mut Loader<'_>) -> Result<(), DeviceError> {
         self.0.load(value, loader)
     }
@@ -170,6 +178,10 @@ impl<T: VmState> Element<T> for Struct {
         Ok(())
     }
 
+    fn blank(&self) -> Option<T> {
+        None
+    }
+
     fn load(&self, value: &mut T, loader: &mut Loader<'_>) -> Result<(), DeviceError> {
         value.load(loader, T::VERSION)
     }
@@ -192,6 +204,10 @@ impl<T: VmState> Element<T> for VStruct {
     fn save(&self, value: &mut T, out: &mut Elements) -> Result<(), DeviceError> {
         out.structs.push(value.save_as(self.0)?);
         Ok(())
+    }
+
+    fn blank(&self) -> Option<T> {
+        None
     }
 
     fn load(&self, value: &mut T, loader: &mut Loader<'_>) -> Result<(), DeviceError> {
@@ -233,6 +249,21 @@ where
     }
 }
 
+impl<T, W, E: Element<W>> Converted<E, T, W> {
+    /// It is not the peer who is to blame if the value of this side has no form on the wire.
+    fn own_value(&self, loader: &Loader<'_>, source: BoxError) -> DeviceError {
+        let owner = Origin {
+            offset: Some(loader.used()),
+            ..self.element.describe().kind.as_str().into()
+        };
+        DeviceError::Hook {
+            hook: "value on this side",
+            owner,
+            source,
+        }
+    }
+}
+
 impl<T: 'static, W: 'static, E: Element<W>> Element<T> for Converted<E, T, W> {
     fn describe(&self) -> ElementDescription {
         self.element.describe()
@@ -244,10 +275,16 @@ impl<T: 'static, W: 'static, E: Element<W>> Element<T> for Converted<E, T, W> {
         self.element.save(&mut wire, out)
     }
 
+    fn blank(&self) -> Option<T> {
+        None
+    }
+
     fn load(&self, value: &mut T, loader: &mut Loader<'_>) -> Result<(), DeviceError> {
-        // Begins with this side's value: an equal-checked type compares with it.
-        let own = (self.to_wire)(value);
-        let mut wire = own.map_err(|error| loader.fault(format!("value of this side: {error}")))?;
+        let mut wire = match self.element.blank() {
+            Some(blank) => blank,
+            // Begins with this side's value: an equal-checked type compares with it.
+            None => (self.to_wire)(value).map_err(|source| self.own_value(loader, source))?,
+        };
         self.element.load(&mut wire, loader)?;
         *value = (self.from_wire)(wire).map_err(|error| loader.fault(error.to_string()))?;
         Ok(())
@@ -266,6 +303,10 @@ impl<T, E: Element<T>> Element<Box<T>> for Boxed<E> {
 
     fn save(&self, value: &mut Box<T>, out: &mut Elements) -> Result<(), DeviceError> {
         self.0.save(value, out)
+    }
+
+    fn blank(&self) -> Option<Box<T>> {
+        self.0.blank().map(Box::new)
     }
 
     fn load(&self, value: &mut Box<T>, loader: &mut Loader<'_>) -> Result<(), DeviceError> {

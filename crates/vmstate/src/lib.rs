@@ -126,6 +126,12 @@
 //! - [`ByHand`], where a pair of functions writes and reads the bytes ([`OldStyle`]);
 //! - [`Unmigratable`], which refuses.
 //!
+//! # Whose fault an error is
+//!
+//! [`DeviceError::blame`] says it: bytes that are wrong are the peer's fault or that of stored data, a
+//! hook that fails is this host's. A `pre_load`, `post_load` or [`SaveRestore::restore`] that finds the
+//! state itself wrong says [`BadState`]; what [`View::put`] and `from_wire` refuse is wrong anyway.
+//!
 //! # What runs when
 //!
 //! | | order | on |
@@ -176,7 +182,7 @@ pub mod wire;
 
 pub use adapters::{Apart, ByHand, OldStyle, SaveRestore, Unmigratable};
 pub use description::{Count, Description, Field};
-pub use device::{BoxError, Decoded, Device, DeviceError};
+pub use device::{BadState, BoxError, Decoded, Device, DeviceError, Origin};
 pub use element::{
     Boxed, Converted, Element, ElementDescription, Elements, Plain, Struct, VStruct,
 };

@@ -85,6 +85,11 @@ impl<'a> Loader<'a> {
         }
     }
 
+    /// Offset of the bytes that were taken last.
+    pub(crate) fn taken_at(&self) -> usize {
+        self.last
+    }
+
     /// Fail unless the window holds so many more bytes: asked before memory is allocated for them.
     pub(crate) fn require(&self, bytes: u64) -> Result<(), DeviceError> {
         match usize::try_from(bytes) {

@@ -74,6 +74,12 @@ pub trait Codec<T>: Send + Sync + 'static {
     /// # Errors
     /// The window is too short, or the bytes are no such value: [`Loader::fault`].
     fn load(&self, value: &mut T, loader: &mut Loader<'_>) -> Result<(), DeviceError>;
+
+    /// A value to begin loading with where the field has another type (`as`, `with`); `None` if
+    /// loading looks at what this side has, so that it must have a form on the wire.
+    fn blank(&self) -> Option<T> {
+        None
+    }
 }
 
 macro_rules! integers {
@@ -99,6 +105,10 @@ macro_rules! integers {
             fn load(&self, value: &mut $type, loader: &mut Loader<'_>) -> Result<(), DeviceError> {
                 *value = <$type>::from_be_bytes(loader.array()?);
                 Ok(())
+            }
+
+            fn blank(&self) -> Option<$type> {
+                Some(0)
             }
         }
     )*};
@@ -180,6 +190,10 @@ impl Codec<bool> for Bool {
         };
         Ok(())
     }
+
+    fn blank(&self) -> Option<bool> {
+        Some(false)
+    }
 }
 
 /// `int32 le`: a value from 0 to the receiver's own.
@@ -236,6 +250,10 @@ impl Codec<Option<u64>> for Timer {
         *expiry = (sent != u64::MAX).then_some(sent);
         Ok(())
     }
+
+    fn blank(&self) -> Option<Option<u64>> {
+        Some(None)
+    }
 }
 
 /// `CPU_Double_U`: the high half of the bits, then the low half.
@@ -258,6 +276,10 @@ impl Codec<u64> for CpuDouble {
     fn load(&self, value: &mut u64, loader: &mut Loader<'_>) -> Result<(), DeviceError> {
         Uint64.load(value, loader)
     }
+
+    fn blank(&self) -> Option<u64> {
+        Some(0)
+    }
 }
 
 impl Codec<f64> for CpuDouble {
@@ -276,5 +298,9 @@ impl Codec<f64> for CpuDouble {
     fn load(&self, value: &mut f64, loader: &mut Loader<'_>) -> Result<(), DeviceError> {
         *value = f64::from_bits(u64::from_be_bytes(loader.array()?));
         Ok(())
+    }
+
+    fn blank(&self) -> Option<f64> {
+        Some(0.0)
     }
 }

@@ -385,7 +385,10 @@ fn structs_are_told_wherever_they_are() {
     let told = std::mem::take(&mut *PARTS.lock().unwrap());
     assert_eq!(told, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]);
     let failed = device.decode(1, &body(99)).unwrap().commit().unwrap_err();
-    assert_eq!(failed.to_string(), "committed of 'part': 99 is too much");
+    assert_eq!(
+        failed.to_string(),
+        "committed of 'part' (field 'tree[0]'): 99 is too much"
+    );
 }
 
 #[test]
@@ -409,16 +412,16 @@ fn a_failing_load_hook_leaves_the_device_untouched() {
         let error = device.decode(2, BODY).unwrap_err();
         let (owner, hook) = hook.split_once(' ').unwrap();
         let (full, version) = match owner {
-            "outer" => ("outer", 2),
-            "inner" => ("inner", 5),
-            _ => ("outer/extra", 4),
+            "outer" => ("'outer'", 2),
+            "inner" => ("'inner' (byte 1 of the device)", 5),
+            _ => ("'outer/extra' (byte 20 of the device)", 4),
         };
         let version = if hook == "post_load" {
             format!(" ({version})")
         } else {
             String::new()
         };
-        let expected = format!("{hook} of '{full}': {owner} {hook} failed{version}");
+        let expected = format!("{hook} of {full}: {owner} {hook} failed{version}");
         assert_eq!(error.to_string(), expected);
         assert!(matches!(error, DeviceError::Hook { .. }));
         let log = device.lock().unwrap().take_log();
@@ -495,11 +498,11 @@ fn subsections_may_be_absent_or_in_another_order_but_not_unknown() {
     );
     assert_eq!(
         text(&[b"\x05\x0bouter/extra\0\0\0\x05\x18"]),
-        "version 5 of 'outer/extra' is not supported, only 3 to 4"
+        "version 5 of 'outer/extra' (byte 16 of the device) is not supported, only 3 to 4"
     );
     assert_eq!(
         text(&[b"\x05\x0bouter/extra\0\0\0\x02\x18"]),
-        "version 2 of 'outer/extra' is not supported, only 3 to 4"
+        "version 2 of 'outer/extra' (byte 16 of the device) is not supported, only 3 to 4"
     );
 }
 

@@ -14,7 +14,7 @@ pub use list::Queue;
 pub use sequence::{FixedArray, Sequence, fixed_array};
 
 use crate::description::{Count, Description, Field};
-use crate::device::{BoxError, DeviceError};
+use crate::device::{BoxError, DeviceError, Origin};
 use crate::element::{Element, ElementDescription};
 use crate::loader::Loader;
 use crate::saved::{FieldType, SUBSECTION, SavedField, SavedState};
@@ -428,10 +428,12 @@ impl<T: 'static> Table<T> {
     /// # Errors
     /// A hook failed, a value has no form on the wire, or there is no such version.
     pub fn save(&self, state: &mut T, version: u32) -> Result<SavedState, DeviceError> {
-        self.check_version(version)?;
-        self.run("pre_save", self.hooks.pre_save.map(|hook| hook(state)))?;
+        self.check_version(version, None)?;
+        let before = self.hooks.pre_save.map(|hook| hook(state));
+        self.run("pre_save", before, None)?;
         let saved = self.save_fields(state, version);
-        let after = self.run("post_save", self.hooks.post_save.map(|hook| hook(state)));
+        let after = self.hooks.post_save.map(|hook| hook(state));
+        let after = self.run("post_save", after, None);
         let saved = saved?;
         after?;
         Ok(saved)
@@ -477,8 +479,10 @@ impl<T: 'static> Table<T> {
         loader: &mut Loader<'_>,
         version: u32,
     ) -> Result<(), DeviceError> {
-        self.check_version(version)?;
-        self.run("pre_load", self.hooks.pre_load.map(|hook| hook(state)))?;
+        self.check_version(version, Some(loader.taken_at()))?;
+        let begin = Some(loader.used());
+        let before = self.hooks.pre_load.map(|hook| hook(state));
+        self.run("pre_load", before, begin)?;
         for entry in &self.fields {
             if entry.is_present(state, version) {
                 let loaded = entry.access.load(state, loader);
@@ -486,8 +490,8 @@ impl<T: 'static> Table<T> {
             }
         }
         self.load_subsections(state, loader)?;
-        let hook = self.hooks.post_load;
-        self.run("post_load", hook.map(|hook| hook(state, version)))
+        let after = self.hooks.post_load.map(|hook| hook(state, version));
+        self.run("post_load", after, begin)
     }
 
     /// Run the `committed` hooks: those of structs in field order, sent or not, then of subsections,
@@ -504,7 +508,8 @@ impl<T: 'static> Table<T> {
             let told = subsection.committed(state);
             told.map_err(|error| error.inside(subsection.name()))?;
         }
-        self.run("committed", self.hooks.committed.map(|hook| hook(state)))
+        let committed = self.hooks.committed.map(|hook| hook(state));
+        self.run("committed", committed, None)
     }
 
     fn load_subsections(&self, state: &mut T, loader: &mut Loader<'_>) -> Result<(), DeviceError> {
@@ -569,7 +574,7 @@ impl<T: 'static> Table<T> {
         Ok(std::str::from_utf8(name).ok())
     }
 
-    fn check_version(&self, version: u32) -> Result<(), DeviceError> {
+    fn check_version(&self, version: u32, offset: Option<usize>) -> Result<(), DeviceError> {
         let description = &self.description;
         if description.unmigratable {
             return Err(DeviceError::Unmigratable(description.name.to_string()));
@@ -578,25 +583,29 @@ impl<T: 'static> Table<T> {
             return Ok(());
         }
         Err(DeviceError::Version {
-            owner: description.name.to_string(),
+            owner: self.origin(offset),
             version,
             lowest: description.minimum_version,
             highest: description.version,
         })
     }
 
+    /// What a hook said; `offset` is where the state begins when it is loaded.
     fn run(
         &self,
         hook: &'static str,
         result: Option<Result<(), BoxError>>,
+        offset: Option<usize>,
     ) -> Result<(), DeviceError> {
-        result
-            .unwrap_or(Ok(()))
-            .map_err(|source| DeviceError::Hook {
-                hook,
-                owner: self.description.name.to_string(),
-                source,
-            })
+        let result = result.unwrap_or(Ok(()));
+        result.map_err(|source| DeviceError::hook(hook, self.origin(offset), source))
+    }
+
+    fn origin(&self, offset: Option<usize>) -> Origin {
+        Origin {
+            offset,
+            ..self.description.name.as_ref().into()
+        }
     }
 }
 
