@@ -58,10 +58,11 @@ pub(crate) fn lines(
                 first_at,
             } => {
                 let unit = super::bytes(*unit_bytes as u64);
+                let differ = if *units == 1 { "differs" } else { "differ" };
                 let units = count(*units, "piece");
                 writeln!(
                     out,
-                    "  {units} of {unit} differ, the first at {first_at:#x}"
+                    "  {units} of {unit} {differ}, the first at {first_at:#x}"
                 )?;
             }
             Sides::MoreElements(more) => {

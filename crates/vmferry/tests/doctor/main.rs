@@ -4,6 +4,8 @@
 #[expect(dead_code, reason = "other tests use the rest of it")]
 mod peers;
 
+mod diff;
 mod extract;
 mod inspect;
+mod outcome;
 mod schema;

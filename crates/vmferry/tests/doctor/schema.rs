@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::need;
+use crate::outcome::{capture, failure, folder, printed};
 use crate::peers::qemu::{Machine, Version};
 use crate::peers::vmferry::{PROGRAM, run};
 
@@ -16,42 +17,6 @@ fn excerpt(version: &str) -> String {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../vmstate/tests/schema");
     let path = folder.join(format!("qemu-{version}.json"));
     path.to_str().expect("test paths are UTF-8").to_owned()
-}
-
-/// A captured stream, unpacked into `dir`.
-fn capture(dir: &TempDir, name: &str) -> String {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../stream/tests/captures");
-    let packed = fs::File::open(folder.join(format!("{name}.xz"))).expect("the capture is there");
-    let path = dir.path().join(name);
-    let mut file = fs::File::create(&path).expect("a file in the temporary folder");
-    std::io::copy(&mut xz2::read::XzDecoder::new(packed), &mut file).expect("it can be unpacked");
-    path.to_str().expect("test paths are UTF-8").to_owned()
-}
-
-fn folder() -> TempDir {
-    tempfile::tempdir().expect("a temporary folder")
-}
-
-/// What it printed; it must end with this status and say nothing else.
-#[track_caller]
-fn printed(output: &Output, status: i32) -> String {
-    let errors = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(status), "{errors}");
-    assert_eq!(errors, "");
-    String::from_utf8(output.stdout.clone()).expect("it prints UTF-8")
-}
-
-/// The one line that says why it failed.
-#[track_caller]
-fn failure(output: &Output, status: i32) -> String {
-    assert_eq!(output.status.code(), Some(status));
-    let errors = String::from_utf8(output.stderr.clone()).expect("it prints UTF-8");
-    let line = errors
-        .strip_prefix("vmferry: error: ")
-        .expect("it is an error");
-    let line = line.strip_suffix('\n').expect("it is a line");
-    assert!(!line.contains('\n'), "one line only: {line}");
-    line.to_owned()
 }
 
 fn objects(text: &str) -> Vec<Value> {
