@@ -75,13 +75,14 @@ fn implementation(
         ..
     } = owner;
     let unmigratable = owner.unmigratable.then(|| quote!(.unmigratable()));
-    let needed = owner.needed.iter().map(|path| quote!(.needed(#path)));
+    let needed = owner
+        .needed
+        .iter()
+        .map(|path| quote_spanned!(path.span()=> .needed(#path)));
     let hooks = HOOKS.iter().zip(&owner.hooks).filter_map(|(name, path)| {
-        let (name, path) = (format_ident!("{name}"), path.as_ref()?);
-        let version = (name == "post_load").then(|| quote!(, version));
-        Some(quote! {
-            .#name(|state #version| #path(state #version).map_err(::core::convert::Into::into))
-        })
+        let path = path.as_ref()?;
+        let name = format_ident!("{name}", span = path.span());
+        Some(quote!(.#name(#path)))
     });
     quote! {
         #[automatically_derived]

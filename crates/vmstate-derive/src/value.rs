@@ -9,6 +9,7 @@ use syn::{Error, Expr, Result, Type};
 use crate::entry::{Conversion, Entry, Kind, Number};
 use crate::expand::Described;
 use crate::rust_type::{Shape, argument};
+use crate::word;
 
 /// The call that adds one value to the table.
 pub(crate) fn call(field: &Described<'_>, entry: &Entry) -> Result<TokenStream> {
@@ -25,7 +26,12 @@ pub(crate) fn call(field: &Described<'_>, entry: &Entry) -> Result<TokenStream> 
         Kind::Skip => return Ok(TokenStream::new()),
         Kind::Subsection => {
             let needed = match &entry.needed {
-                Some(path) => quote!(::core::option::Option::Some(#path)),
+                Some(path) => quote! {
+                    ::core::option::Option::Some({
+                        let needed: fn(&Self) -> bool = #path;
+                        needed
+                    })
+                },
                 None => quote!(::core::option::Option::None),
             };
             return Ok(quote_spanned!(span=> .subsection(#at, #needed)));
@@ -34,6 +40,7 @@ pub(crate) fn call(field: &Described<'_>, entry: &Entry) -> Result<TokenStream> 
         Kind::Tmp(view) => quote_spanned!(span=> .tmp::<#view>(#name)),
         Kind::Buffer | Kind::Bitmap => {
             let is_bitmap = matches!(entry.kind, Kind::Bitmap);
+            check_items(field, entry, if is_bitmap { "u64" } else { "u8" })?;
             let method = format_ident!("{}", entry.word, span = span);
             let number = length(field, entry, is_bitmap)?;
             quote_spanned!(span=> .#method #ty(#name, #at, #number))
@@ -60,7 +67,8 @@ pub(crate) fn call(field: &Described<'_>, entry: &Entry) -> Result<TokenStream> 
         }
     };
     let since = entry.since.iter().map(|version| quote!(.since(#version)));
-    let condition = entry.condition.iter().map(|path| quote!(.condition(#path)));
+    let condition = entry.condition.iter();
+    let condition = condition.map(|path| quote_spanned!(path.span()=> .condition(#path)));
     Ok(quote!(#call #(#since)* #(#condition)*))
 }
 
@@ -159,8 +167,14 @@ fn element(field: &Described<'_>, entry: &Entry) -> TokenStream {
         Some(Conversion::With(module)) => quote_spanned! {module.span()=>
             ::vmferry_vmstate::Converted::new(
                 #plain,
-                |value| #module::to_wire(value).map_err(::core::convert::Into::into),
-                |wire| #module::from_wire(wire).map_err(::core::convert::Into::into),
+                |value| {
+                    let to_wire: fn(&_) -> ::core::result::Result<_, _> = #module::to_wire;
+                    to_wire(value).map_err(::core::convert::Into::into)
+                },
+                |wire| {
+                    let from_wire: fn(_) -> ::core::result::Result<_, _> = #module::from_wire;
+                    from_wire(wire).map_err(::core::convert::Into::into)
+                },
             )
         },
     };
@@ -231,6 +245,25 @@ fn length(field: &Described<'_>, entry: &Entry, is_bitmap: bool) -> Result<Token
     }
 }
 
+/// Bytes and words are known by their names, so that a wrong one is told what to be.
+fn check_items(field: &Described<'_>, entry: &Entry, wanted: &str) -> Result<()> {
+    let item = shape_of(field, entry).item;
+    let item = argument(item, "Vec").unwrap_or(item);
+    let found = item.to_token_stream().to_string();
+    if entry.at.is_some() || found == wanted || word::of_rust_type(&found).is_none() {
+        return Ok(());
+    }
+    let what = match entry.kind {
+        Kind::Bitmap => "words of 64 bits",
+        _ => "bytes",
+    };
+    let text = format!(
+        "a `{}` holds {what}: make it `{wanted}`, not `{found}`",
+        entry.word
+    );
+    Err(Error::new(item.span(), text))
+}
+
 /// Elements of the field's array, if it is one.
 fn array_lengths(field: &Described<'_>, entry: &Entry) -> Option<TokenStream> {
     let shape = shape_of(field, entry);
@@ -259,7 +292,10 @@ fn counted(
             |state| ::vmferry_vmstate::count_of(state.#counter)
         },
         Number::Function(path) => quote_spanned! {path.span()=>
-            |state| ::vmferry_vmstate::count_of(#path(state))
+            |state| {
+                let count: fn(&Self) -> _ = #path;
+                ::vmferry_vmstate::count_of(count(state))
+            }
         },
     };
     let bits = matches!(entry.kind, Kind::Bitmap).then(|| quote!(*64));

@@ -99,7 +99,8 @@
 //! | `subsection` | a subsection, sent if `needed` | [`VmState`] |
 //! | `skip = "why"` | nothing | any |
 //!
-//! Arrays of these are `[T; N]`, also `[[T; N]; M]`; a `Vec` or boxed slice says its `count`.
+//! Arrays of these are `[T; N]`, also `[[T; N]; M]`; a `Vec`, a boxed slice and an array behind a type
+//! alias say their `count`.
 //!
 //! | option | meaning |
 //! |---|---|

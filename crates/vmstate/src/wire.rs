@@ -54,7 +54,8 @@ use crate::loader::Loader;
 #[diagnostic::on_unimplemented(
     message = "a `{T}` cannot be sent as `{Self}`",
     label = "`{Self}` is another type on the wire",
-    note = "choose the type word that fits the field, or convert with `as = TYPE` or `with = MODULE`"
+    note = "choose the type word that fits the field, or convert with `as = TYPE` or `with = MODULE`",
+    note = "an array behind a type alias says how long it is: `count = 4`"
 )]
 pub trait Codec<T>: Send + Sync + 'static {
     /// QEMU's name of the type.

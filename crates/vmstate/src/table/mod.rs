@@ -64,10 +64,10 @@ struct Entry<T> {
 }
 
 /// A hook that is told nothing.
-type Hook<T> = fn(&mut T) -> Result<(), BoxError>;
+type Hook<T> = Box<dyn Fn(&mut T) -> Result<(), BoxError> + Send + Sync>;
 
 /// A hook that is told the version of the body.
-type VersionHook<T> = fn(&mut T, u32) -> Result<(), BoxError>;
+type VersionHook<T> = Box<dyn Fn(&mut T, u32) -> Result<(), BoxError> + Send + Sync>;
 
 struct Hooks<T> {
     needed: Option<fn(&T) -> bool>,
@@ -332,38 +332,54 @@ impl<T: 'static> Table<T> {
 
     /// Runs before the first field is saved; when it fails, nothing else runs.
     #[must_use]
-    pub fn pre_save(mut self, hook: fn(&mut T) -> Result<(), BoxError>) -> Self {
-        self.hooks.pre_save = Some(hook);
+    pub fn pre_save<E>(mut self, hook: fn(&mut T) -> Result<(), E>) -> Self
+    where
+        E: Into<BoxError> + 'static,
+    {
+        self.hooks.pre_save = Some(Box::new(move |state| hook(state).map_err(Into::into)));
         self
     }
 
     /// Runs after the last subsection was saved, or after saving failed.
     #[must_use]
-    pub fn post_save(mut self, hook: fn(&mut T) -> Result<(), BoxError>) -> Self {
-        self.hooks.post_save = Some(hook);
+    pub fn post_save<E>(mut self, hook: fn(&mut T) -> Result<(), E>) -> Self
+    where
+        E: Into<BoxError> + 'static,
+    {
+        self.hooks.post_save = Some(Box::new(move |state| hook(state).map_err(Into::into)));
         self
     }
 
     /// Runs before the first field is loaded, on a copy that may be thrown away.
     #[must_use]
-    pub fn pre_load(mut self, hook: fn(&mut T) -> Result<(), BoxError>) -> Self {
-        self.hooks.pre_load = Some(hook);
+    pub fn pre_load<E>(mut self, hook: fn(&mut T) -> Result<(), E>) -> Self
+    where
+        E: Into<BoxError> + 'static,
+    {
+        self.hooks.pre_load = Some(Box::new(move |state| hook(state).map_err(Into::into)));
         self
     }
 
     /// Runs after the last subsection was loaded, with the version that was sent; on a copy that may
     /// be thrown away.
     #[must_use]
-    pub fn post_load(mut self, hook: fn(&mut T, u32) -> Result<(), BoxError>) -> Self {
-        self.hooks.post_load = Some(hook);
+    pub fn post_load<E>(mut self, hook: fn(&mut T, u32) -> Result<(), E>) -> Self
+    where
+        E: Into<BoxError> + 'static,
+    {
+        let hook = move |state: &mut T, version| hook(state, version).map_err(Into::into);
+        self.hooks.post_load = Some(Box::new(hook));
         self
     }
 
     /// Runs once when the state is in place: for effects outside of it, such as lines, timers and
     /// memory maps. An error fails the loading, but the state stays.
     #[must_use]
-    pub fn committed(mut self, hook: fn(&mut T) -> Result<(), BoxError>) -> Self {
-        self.hooks.committed = Some(hook);
+    pub fn committed<E>(mut self, hook: fn(&mut T) -> Result<(), E>) -> Self
+    where
+        E: Into<BoxError> + 'static,
+    {
+        self.hooks.committed = Some(Box::new(move |state| hook(state).map_err(Into::into)));
         self
     }
 
@@ -429,10 +445,10 @@ impl<T: 'static> Table<T> {
     /// A hook failed, a value has no form on the wire, or there is no such version.
     pub fn save(&self, state: &mut T, version: u32) -> Result<SavedState, DeviceError> {
         self.check_version(version, None)?;
-        let before = self.hooks.pre_save.map(|hook| hook(state));
+        let before = self.hooks.pre_save.as_ref().map(|hook| hook(state));
         self.run("pre_save", before, None)?;
         let saved = self.save_fields(state, version);
-        let after = self.hooks.post_save.map(|hook| hook(state));
+        let after = self.hooks.post_save.as_ref().map(|hook| hook(state));
         let after = self.run("post_save", after, None);
         let saved = saved?;
         after?;
@@ -481,7 +497,7 @@ impl<T: 'static> Table<T> {
     ) -> Result<(), DeviceError> {
         self.check_version(version, Some(loader.taken_at()))?;
         let begin = Some(loader.used());
-        let before = self.hooks.pre_load.map(|hook| hook(state));
+        let before = self.hooks.pre_load.as_ref().map(|hook| hook(state));
         self.run("pre_load", before, begin)?;
         for entry in &self.fields {
             if entry.is_present(state, version) {
@@ -490,7 +506,11 @@ impl<T: 'static> Table<T> {
             }
         }
         self.load_subsections(state, loader)?;
-        let after = self.hooks.post_load.map(|hook| hook(state, version));
+        let after = self
+            .hooks
+            .post_load
+            .as_ref()
+            .map(|hook| hook(state, version));
         self.run("post_load", after, begin)
     }
 
@@ -508,7 +528,7 @@ impl<T: 'static> Table<T> {
             let told = subsection.committed(state);
             told.map_err(|error| error.inside(subsection.name()))?;
         }
-        let committed = self.hooks.committed.map(|hook| hook(state));
+        let committed = self.hooks.committed.as_ref().map(|hook| hook(state));
         self.run("committed", committed, None)
     }
 

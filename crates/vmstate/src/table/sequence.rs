@@ -4,6 +4,10 @@
 ///
 /// An array that is counted by a field may have room for more than are sent; a `Vec` has as many as
 /// the field says.
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` does not hold several elements",
+    label = "`count`, `length` and `nullable` are for `[T; N]`, `Box<[T]>` and `Vec<T>`"
+)]
 pub trait Sequence: 'static {
     /// An element.
     type Item: 'static;
