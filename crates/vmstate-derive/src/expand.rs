@@ -55,6 +55,7 @@ pub(crate) fn derive(input: &DeriveInput) -> Result<TokenStream> {
     }
     errors.finish()?;
     checks.extend(check_minimum(&owner));
+    checks.extend(check_siblings(&fields, &owner));
     for view in &owner.subsections {
         calls.push(quote_spanned!(view.span()=> .view_subsection::<#view>()));
         checks.push(check_subsection(view, &owner));
@@ -235,6 +236,33 @@ fn check(field: &Described<'_>, entry: &Entry, owner: &Owner) -> Option<TokenStr
         }
         _ => None,
     }
+}
+
+/// A name that begins with one before it would be read as that one, or as a subsection of it.
+fn check_siblings(fields: &[Described<'_>], owner: &Owner) -> Vec<TokenStream> {
+    let fields = fields.iter().flat_map(|field| {
+        let is_subsection = |entry: &&Entry| matches!(entry.kind, Kind::Subsection);
+        let here = field.entries.iter().filter(is_subsection);
+        let here = here.filter(|entry| entry.at.is_none());
+        here.map(|_| argument(field.ty, "Box").unwrap_or(field.ty))
+    });
+    let all: Vec<_> = fields.chain(&owner.subsections).collect();
+    let mut checks = Vec::new();
+    for (k, ty) in all.iter().enumerate() {
+        for before in &all[..k] {
+            checks.push(quote_spanned! {ty.span()=>
+                const _: () = ::core::assert!(
+                    !::vmferry_vmstate::begins_with(
+                        <#ty as ::vmferry_vmstate::VmState>::NAME,
+                        <#before as ::vmferry_vmstate::VmState>::NAME,
+                    ),
+                    "the name of this subsection begins with that of one before: it would be read \
+                     as the other, or as a part of it"
+                );
+            });
+        }
+    }
+    checks
 }
 
 /// Versions that the macro sees as numbers were compared before.

@@ -64,7 +64,7 @@
 //!
 //! | attribute | meaning |
 //! |---|---|
-//! | `name = ".."` | QEMU's `vmsd_name`; a subsection's begins with its owner's, and goes on, mostly with a slash |
+//! | `name = ".."` | QEMU's `vmsd_name`; a subsection's begins with its owner's, and goes on, mostly with a slash; no name begins with that of a subsection before it |
 //! | `version = 3` | what is written, and the highest that is read; any version may be a constant of type `u32`, too |
 //! | `minimum_version = 2` | the lowest that is read; without it, only `version` |
 //! | `needed = Self::f` | `fn(&Self) -> bool`: is there anything to send? For devices and subsections |
@@ -193,9 +193,9 @@ pub use layout::{
 };
 pub use loader::Loader;
 pub use saved::{Content, FieldType, Node, Part, SavedBody, SavedField, SavedState, Shape, Value};
-#[doc(hidden)]
-pub use state::is_subsection_of;
 pub use state::{View, VmState};
+#[doc(hidden)]
+pub use state::{begins_with, is_subsection_of};
 #[doc(hidden)]
 pub use table::{FixedArray, fixed_array};
 pub use table::{Number, Queue, Sequence, Table, count_of};

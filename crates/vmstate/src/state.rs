@@ -146,13 +146,20 @@ pub trait View<Owner>: VmState {
 #[doc(hidden)]
 #[must_use]
 pub const fn is_subsection_of(name: &str, owner: &str) -> bool {
-    let (mut name, mut owner) = (name.as_bytes(), owner.as_bytes());
-    while let [first, rest @ ..] = owner {
+    name.len() > owner.len() && begins_with(name, owner)
+}
+
+/// Does a name begin with another? The derive asks while compiling.
+#[doc(hidden)]
+#[must_use]
+pub const fn begins_with(name: &str, other: &str) -> bool {
+    let (mut name, mut other) = (name.as_bytes(), other.as_bytes());
+    while let [first, rest @ ..] = other {
         match name {
             [same, others @ ..] if *same == *first => name = others,
             _ => return false,
         }
-        owner = rest;
+        other = rest;
     }
-    !name.is_empty()
+    true
 }

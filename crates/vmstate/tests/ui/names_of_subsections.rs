@@ -21,4 +21,23 @@ struct Port {
     fifo: Fifo,
 }
 
+#[derive(VmState)]
+#[vmstate(name = "hub", version = 1)]
+struct Hub {
+    #[vmstate(subsection)]
+    first: Power,
+    #[vmstate(subsection)]
+    second: Power,
+    #[vmstate(subsection)]
+    third: Box<PowerMore>,
+}
+
+#[derive(VmState)]
+#[vmstate(name = "hub/power", version = 1)]
+struct Power;
+
+#[derive(VmState)]
+#[vmstate(name = "hub/power_more", version = 1)]
+struct PowerMore;
+
 fn main() {}
