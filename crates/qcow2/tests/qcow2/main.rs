@@ -4,3 +4,4 @@ mod crash;
 mod faults;
 mod model;
 mod support;
+mod threads;
