@@ -14,6 +14,9 @@ use crate::state::View;
 /// What stands for a null in an array of pointers.
 const NULL: u8 = 0x30;
 
+/// Elements for which memory is allocated though the stream need not have a byte for each.
+const MAX_FREE_ELEMENTS: usize = 1024;
+
 /// How many elements, bytes or bits a field has.
 pub enum Number<T> {
     /// Always so many.
@@ -217,9 +220,12 @@ impl<T, S: Sequence + ?Sized, E: Element<S::Item>> Access<T> for Many<E, T, S> {
 
     fn load(&self, state: &mut T, loader: &mut Loader<'_>) -> Result<(), DeviceError> {
         let count = self.number.to_load(state, loader)?;
-        // Memory is allocated only for elements that are there.
-        let bytes = u64::try_from(count).unwrap_or(u64::MAX);
-        loader.require(bytes.saturating_mul(self.least))?;
+        // Memory is allocated only for elements that are there. Those that may have no bytes at all
+        // are taken for one, beyond a few.
+        let new = count.saturating_sub((self.at)(state).held());
+        let unsure = u64::try_from(new.saturating_sub(MAX_FREE_ELEMENTS)).unwrap_or(u64::MAX);
+        let count_bytes = u64::try_from(count).unwrap_or(u64::MAX);
+        loader.require(count_bytes.saturating_mul(self.least).max(unsure))?;
         let items = (self.at)(state).resized(count);
         let items = items.ok_or_else(|| no_room(loader, count))?;
         for (k, item) in items.iter_mut().enumerate() {

@@ -12,6 +12,9 @@ pub trait Sequence: 'static {
     /// An element.
     type Item: 'static;
 
+    /// Elements that there is memory for already.
+    fn held(&self) -> usize;
+
     /// The elements that are sent, if there are `count`.
     fn counted(&mut self, count: usize) -> Option<&mut [Self::Item]>;
 
@@ -22,6 +25,10 @@ pub trait Sequence: 'static {
 
 impl<T: 'static> Sequence for [T] {
     type Item = T;
+
+    fn held(&self) -> usize {
+        self.len()
+    }
 
     fn counted(&mut self, count: usize) -> Option<&mut [T]> {
         self.get_mut(..count)
@@ -35,6 +42,10 @@ impl<T: 'static> Sequence for [T] {
 impl<T: 'static, const N: usize> Sequence for [T; N] {
     type Item = T;
 
+    fn held(&self) -> usize {
+        N
+    }
+
     fn counted(&mut self, count: usize) -> Option<&mut [T]> {
         self.get_mut(..count)
     }
@@ -47,6 +58,10 @@ impl<T: 'static, const N: usize> Sequence for [T; N] {
 impl<S: Sequence + ?Sized> Sequence for Box<S> {
     type Item = S::Item;
 
+    fn held(&self) -> usize {
+        (**self).held()
+    }
+
     fn counted(&mut self, count: usize) -> Option<&mut [S::Item]> {
         (**self).counted(count)
     }
@@ -58,6 +73,10 @@ impl<S: Sequence + ?Sized> Sequence for Box<S> {
 
 impl<T: Default + 'static> Sequence for Vec<T> {
     type Item = T;
+
+    fn held(&self) -> usize {
+        self.len()
+    }
 
     fn counted(&mut self, count: usize) -> Option<&mut [T]> {
         (self.len() == count).then_some(self)
