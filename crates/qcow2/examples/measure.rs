@@ -10,7 +10,11 @@ use vmferry_disk::BlockDevice;
 use vmferry_qcow2::{ChainOptions, Qcow2Disk, open};
 
 fn run(disk: &Qcow2Disk, work: &str, first: u64, count: u64, step: u64) {
-    let size = if work.starts_with("random") { 4096 } else { 1 << 20 };
+    let size = if work.starts_with("random") {
+        4096
+    } else {
+        1 << 20
+    };
     let stride = if size == 4096 { size + (1 << 20) } else { size };
     let mut buf = vec![0x5A; size as usize];
     let length = disk.disk_bytes() / size * size;

@@ -8,7 +8,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use vmferry_disk::{BlockDevice, RawDisk};
+use vmferry_disk::{BlockDevice, OpenError, RawDisk};
 
 use crate::disk::{OpenOptions, Qcow2Disk};
 use crate::error::Error;
@@ -21,20 +21,27 @@ use crate::storage::FileStorage;
 pub struct ChainOptions {
     /// Refuse writes. What is below is never written to.
     pub read_only: bool,
-    /// Take the image locks that QEMU's programs respect, on every file of the chain.
+    /// Take the image locks that QEMU's programs respect, on every file of the chain. Several
+    /// images may have one backing file, but nobody may write to it.
     pub lock: bool,
 }
 
 /// Open an image and everything below it.
 pub fn open(path: impl AsRef<Path>, options: ChainOptions) -> Result<Qcow2Disk, Error> {
-    open_layer(path.as_ref(), options, &mut Vec::new())
+    let path = path.as_ref();
+    let storage = FileStorage::open(path, options.read_only, options.lock)?;
+    open_layer(path, storage, options, &mut Vec::new())
 }
 
 /// The files of a chain so far: a file that comes again is a loop.
 type Seen = Vec<(u64, u64)>;
 
-fn open_layer(path: &Path, options: ChainOptions, seen: &mut Seen) -> Result<Qcow2Disk, Error> {
-    let storage = FileStorage::open(path, options.read_only, options.lock)?;
+fn open_layer(
+    path: &Path,
+    storage: FileStorage,
+    options: ChainOptions,
+    seen: &mut Seen,
+) -> Result<Qcow2Disk, Error> {
     let metadata = storage
         .file()
         .metadata()
@@ -76,14 +83,26 @@ fn open_below(
         ..options
     };
     Ok(match format {
-        BackingFormat::Qcow2 => Arc::new(open_layer(&path, below, seen)?),
-        BackingFormat::Raw => Arc::new(RawDisk::open(
-            &path,
-            vmferry_disk::OpenOptions {
-                read_only: true,
-                lock: options.lock,
-            },
-        )?),
+        BackingFormat::Qcow2 => {
+            let mut storage = FileStorage::open(&path, true, false)?;
+            if options.lock {
+                storage.freeze(&path)?;
+            }
+            Arc::new(open_layer(&path, storage, below, seen)?)
+        }
+        BackingFormat::Raw => {
+            let disk = RawDisk::open(
+                &path,
+                vmferry_disk::OpenOptions {
+                    read_only: true,
+                    lock: false,
+                },
+            )?;
+            if options.lock {
+                disk.freeze_image().map_err(OpenError::from)?;
+            }
+            Arc::new(disk)
+        }
     })
 }
 

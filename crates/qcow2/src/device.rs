@@ -3,7 +3,7 @@
 use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
 
-use vmferry_disk::{BlockDevice, Cached, DiskError, Extent, ExtentKind, Limits, Unmap};
+use vmferry_disk::{Allocation, BlockDevice, Cached, DiskError, Extent, ExtentKind, Limits, Unmap};
 
 use crate::disk::{Qcow2Disk, SegmentKind};
 use crate::error::Error;
@@ -81,6 +81,19 @@ impl Qcow2Disk {
         crate::bitmaps::before_first_change(&*self.storage, &mut state)?;
         self.announced.store(true, Ordering::Release);
         Ok(())
+    }
+
+    /// Without a backing file an image owns what it has no clusters for, too.
+    fn find_allocation(&self, offset: u64, length: u64) -> Result<Allocation, Error> {
+        if self.backing.is_none() {
+            let is_own = true;
+            return Ok(Allocation { length, is_own });
+        }
+        let segment = self.first_segment(offset, length)?;
+        Ok(Allocation {
+            length: segment.length,
+            is_own: !matches!(segment.kind, SegmentKind::Unallocated),
+        })
     }
 
     fn find_extent(&self, offset: u64, length: u64) -> Result<Extent, Error> {
@@ -191,6 +204,13 @@ impl BlockDevice for Qcow2Disk {
         self.check_range(offset, length)
             .and_then(|()| self.find_extent(offset, length))
             .map_err(failed("status", offset, length))
+    }
+
+    fn allocation(&self, offset: u64, length: u64) -> Result<Allocation, DiskError> {
+        let _operation = self.operation();
+        self.check_range(offset, length)
+            .and_then(|()| self.find_allocation(offset, length))
+            .map_err(failed("allocation", offset, length))
     }
 
     fn start_writeback(&self, offset: u64, length: u64) -> Result<(), DiskError> {

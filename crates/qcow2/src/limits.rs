@@ -51,5 +51,5 @@ pub const FREES_MAX: usize = 65536;
 /// The most clusters in a file that is checked, 2^27 (8 TiB in 64 KiB clusters): a check needs
 /// 5 bytes of memory for each.
 pub const CHECK_CLUSTERS_MAX: u64 = 1 << 27;
-/// So many findings are described by a check; the others are only counted.
-pub const FINDINGS_MAX: usize = 1000;
+/// So many findings of each kind are described by a check; the others are only counted.
+pub const FINDINGS_MAX: u64 = 1000;

@@ -49,7 +49,7 @@ pub struct FileStorage {
     no_punch: AtomicBool,
     no_cached_reads: AtomicBool,
     // After the file, so that it is dropped last: the image is ours until all is closed.
-    _lock: Option<ImageLock>,
+    lock: Option<ImageLock>,
 }
 
 impl FileStorage {
@@ -134,8 +134,18 @@ impl FileStorage {
             is_device,
             no_punch: AtomicBool::new(false),
             no_cached_reads: AtomicBool::new(false),
-            _lock: lock,
+            lock,
         }
+    }
+
+    /// Lock the image so that nobody writes to it, if it was opened without: what is read of it must
+    /// not change. `path` is for messages.
+    pub fn freeze(&mut self, path: impl AsRef<Path>) -> Result<(), OpenError> {
+        if self.lock.is_none() {
+            let lock = ImageLock::acquire(&self.file, path.as_ref(), Access::Freeze)?;
+            self.lock = Some(lock);
+        }
+        Ok(())
     }
 
     /// The file itself, to tell it from others.

@@ -43,6 +43,18 @@ pub enum FindingKind {
     Broken,
 }
 
+impl FindingKind {
+    /// All kinds, the worst first.
+    pub const ALL: [Self; 6] = [
+        Self::Broken,
+        Self::OutOfRange,
+        Self::Overlap,
+        Self::Refcount,
+        Self::Copied,
+        Self::Leak,
+    ];
+}
+
 /// Something that is wrong.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Finding {
@@ -63,7 +75,7 @@ impl std::fmt::Display for Finding {
 /// Result of a check.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct CheckReport {
-    /// What was found, at most [`FINDINGS_MAX`].
+    /// What was found, at most [`FINDINGS_MAX`] of each kind.
     pub findings: Vec<Finding>,
     /// Number of leaked clusters.
     pub leaks: u64,
@@ -71,6 +83,8 @@ pub struct CheckReport {
     pub flags: u64,
     /// Number of all other findings.
     pub errors: u64,
+    /// Number of findings by [`FindingKind`].
+    counts: [u64; FindingKind::ALL.len()],
     /// Findings that were mended.
     pub repaired: u64,
     /// The image says that its refcounts may be wrong.
@@ -96,13 +110,23 @@ impl CheckReport {
             && !self.marked_dirty
     }
 
+    /// Number of findings of a kind, of which only some may be described.
+    #[must_use]
+    pub fn count(&self, kind: FindingKind) -> u64 {
+        self.counts.get(kind as usize).copied().unwrap_or_default()
+    }
+
     fn add(&mut self, kind: FindingKind, offset: u64, text: impl FnOnce() -> String) {
         match kind {
             FindingKind::Leak => self.leaks += 1,
             FindingKind::Copied => self.flags += 1,
             _ => self.errors += 1,
         }
-        if self.findings.len() < FINDINGS_MAX {
+        let Some(count) = self.counts.get_mut(kind as usize) else {
+            return;
+        };
+        *count += 1;
+        if *count <= FINDINGS_MAX {
             let text = text();
             self.findings.push(Finding { kind, offset, text });
         }

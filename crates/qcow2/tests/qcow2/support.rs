@@ -74,6 +74,21 @@ impl Bytes {
         }
     }
 
+    pub(crate) fn from_file(path: &Path) -> Self {
+        let content = std::fs::read(path).unwrap();
+        let mut bytes = Self::default();
+        for (chunk, at) in content
+            .chunks(SECTOR as usize)
+            .zip((0..).step_by(SECTOR as usize))
+        {
+            if chunk.iter().any(|byte| *byte != 0) {
+                bytes.write(chunk, at);
+            }
+        }
+        bytes.length = content.len() as u64;
+        bytes
+    }
+
     pub(crate) fn to_file(&self, path: &Path) {
         use std::os::unix::fs::FileExt;
         let file = std::fs::File::create(path).unwrap();
@@ -242,4 +257,31 @@ pub(crate) fn qemu_img_ok(arguments: &[&str]) -> String {
     let (status, text) = qemu_img(arguments);
     assert_eq!(status, 0, "qemu-img {arguments:?}: {text}");
     text
+}
+
+/// A folder for images that goes away with it.
+pub(crate) struct Folder(tempfile::TempDir);
+
+impl Folder {
+    pub(crate) fn new() -> Self {
+        Self(tempfile::tempdir().unwrap())
+    }
+
+    pub(crate) fn path(&self, name: &str) -> String {
+        self.0.path().join(name).display().to_string()
+    }
+}
+
+/// Bytes of which some runs are zero, some compress well and some do not at all.
+pub(crate) fn mixed_bytes(rng: &mut fastrand::Rng, length: usize) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(length);
+    while bytes.len() < length {
+        let run = rng.usize(1..100_000).min(length - bytes.len());
+        match rng.u8(..3) {
+            0 => bytes.resize(bytes.len() + run, 0),
+            1 => bytes.extend((0..run).map(|index| (index / 100) as u8)),
+            _ => bytes.extend(std::iter::repeat_with(|| rng.u8(..)).take(run)),
+        }
+    }
+    bytes
 }

@@ -57,19 +57,19 @@ fn work(disk: &Qcow2Disk, mut rng: Rng, owner: usize, owners: usize, unit: usize
     }
 }
 
-fn hammer(storage: Arc<dyn Storage>, rng: &mut Rng) {
+fn hammer(storage: &Arc<dyn Storage>, rng: &mut Rng) {
     let owners = 4;
     let options = CreateOptions {
         cluster_bits: rng.u32(9..=16),
         refcount_order: rng.u32(0..=6),
         ..CreateOptions::new(2 << 20)
     };
-    create(&*storage, &options).unwrap();
+    create(&**storage, &options).unwrap();
     let options = OpenOptions {
         l2_cache_bytes: if rng.bool() { 0 } else { 1 << 20 },
         ..OpenOptions::default()
     };
-    let disk = Qcow2Disk::open(Arc::clone(&storage), options, None).unwrap();
+    let disk = Qcow2Disk::open(Arc::clone(storage), options, None).unwrap();
     let unit = rng.usize(500..20000);
     thread::scope(|scope| {
         for owner in 0..owners {
@@ -78,7 +78,7 @@ fn hammer(storage: Arc<dyn Storage>, rng: &mut Rng) {
         }
     });
     disk.close().unwrap();
-    let report = check(&*storage, Repair::None).unwrap();
+    let report = check(&**storage, Repair::None).unwrap();
     assert!(report.is_clean(), "{report:?}");
 }
 
@@ -88,11 +88,13 @@ fn threads_do_not_step_on_each_other() {
     println!("VMFERRY_SEED={seed}");
     let mut rng = Rng::with_seed(seed);
     for _ in 0..rounds(20) {
-        hammer(Arc::new(MemoryFile::default()), &mut rng);
+        let file: Arc<dyn Storage> = Arc::new(MemoryFile::default());
+        hammer(&file, &mut rng);
     }
     let folder = tempfile::tempdir().unwrap();
     let file = FileStorage::create(folder.path().join("image.qcow2"), true).unwrap();
-    hammer(Arc::new(file), &mut rng);
+    let file: Arc<dyn Storage> = Arc::new(file);
+    hammer(&file, &mut rng);
 }
 
 /// A file whose next data write, or next flush, waits until the test lets it go on.
