@@ -17,6 +17,7 @@
 //! |---|---|---|
 //! | write | 100, 101, 201, 203 | nobody else writes or resizes, as with a running guest's disk |
 //! | read  | 100, 203 | nobody resizes, as with `qemu-nbd -r` |
+//! | freeze | 100, 201, 203 | nobody writes or resizes, as with a backing file, or a checked image |
 //!
 //! Source: the table that QEMU's documentation and the kernel's list of locks show.
 
@@ -71,12 +72,14 @@ pub enum Access {
     Read,
     /// Read and write; nobody else may write or resize.
     Write,
+    /// Read; nobody may write or resize, for what is read must not change.
+    Freeze,
 }
 
 impl Access {
     fn does(self) -> &'static [Deed] {
         match self {
-            Self::Read => &[Deed::ConsistentRead],
+            Self::Read | Self::Freeze => &[Deed::ConsistentRead],
             Self::Write => &[Deed::ConsistentRead, Deed::Write],
         }
     }
@@ -84,7 +87,7 @@ impl Access {
     fn shares_not(self) -> &'static [Deed] {
         match self {
             Self::Read => &[Deed::Resize],
-            Self::Write => &[Deed::Write, Deed::Resize],
+            Self::Write | Self::Freeze => &[Deed::Write, Deed::Resize],
         }
     }
 

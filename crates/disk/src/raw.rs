@@ -248,6 +248,16 @@ impl RawDisk {
         Ok(())
     }
 
+    /// Lock the image so that nobody writes to it, if the disk was opened without: what is read of
+    /// it must not change.
+    pub fn freeze_image(&self) -> Result<(), LockError> {
+        let mut lock = lock(&self.lock);
+        if lock.is_none() {
+            *lock = Some(ImageLock::acquire(&self.file, &self.path, Access::Freeze)?);
+        }
+        Ok(())
+    }
+
     /// Give the image lock back while the disk stays open: somebody else may use the image now.
     pub fn unlock_image(&self) {
         drop(lock(&self.lock).take());

@@ -165,6 +165,40 @@ fn qemu_programs_may_write_beside_our_reader_but_not_resize() {
     assert_eq!(std::fs::metadata(&path).unwrap().len(), 1 << 20);
 }
 
+/// A backing file, or an image that is checked: others may read it, nobody may write to it.
+#[test]
+fn what_we_freeze_is_read_by_many_and_written_by_nobody() {
+    let (Some(qemu_io), Some(qemu_nbd)) = (program("", "qemu-io"), program("", "qemu-nbd")) else {
+        return;
+    };
+    let (_folder, path) = image();
+    let unlocked = OpenOptions {
+        read_only: true,
+        lock: false,
+    };
+    let frozen = [(), ()].map(|()| {
+        let disk = RawDisk::open(&path, unlocked).unwrap();
+        disk.freeze_image().unwrap();
+        disk
+    });
+    assert!(run(&qemu_io, &["-r", "-f", "raw", "-c", "read 0 512"], &path).0);
+    drop(serve(&qemu_nbd, &["--read-only"], &path));
+    let io_write = ["-f", "raw", "-c", "write 0 512"];
+    assert_refused(&run(&qemu_io, &io_write, &path), WRITE_LOCK);
+    let error = RawDisk::open(&path, WRITABLE).unwrap_err();
+    assert!(matches!(error, OpenError::Lock(_)), "{error}");
+    drop(frozen);
+    let writer = serve(&qemu_nbd, &[], &path);
+    let disk = RawDisk::open(&path, unlocked).unwrap();
+    let error = disk.freeze_image().unwrap_err().to_string();
+    assert!(
+        error.starts_with("failed to get shared \"write\" lock on "),
+        "{error}"
+    );
+    drop(writer);
+    disk.freeze_image().unwrap();
+}
+
 #[test]
 fn a_writable_qemu_nbd_keeps_our_writer_out() {
     let Some(qemu_nbd) = program("", "qemu-nbd") else {
