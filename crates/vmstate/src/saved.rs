@@ -66,7 +66,7 @@ pub enum Shape {
     Element {
         /// Its place in the array.
         index: u32,
-        /// It is the last of its array, or of its run in an array of pointers with nulls.
+        /// It is the last of its array: of the whole of it, in an array of pointers with nulls, too.
         last: bool,
     },
 }

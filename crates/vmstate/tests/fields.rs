@@ -8,7 +8,8 @@ use std::collections::{BTreeMap, LinkedList, VecDeque};
 use round_trip::{is_refused, is_sent_as};
 use vmferry_vmstate::wire::Codec;
 use vmferry_vmstate::{
-    BoxError, Content, DeviceError, FieldType, Loader, SavedState, Shape, VmState,
+    BodyLayout, BoxError, Content, DescriptionWriter, DeviceError, Dialect, FieldType, Loader,
+    SavedBody, SavedState, Shape, VmDescription, VmState,
 };
 
 fn shapes(state: &SavedState) -> Vec<(&str, &str, Shape)> {
@@ -125,6 +126,8 @@ struct Nulls {
     points: [Option<Box<Point>>; 2],
     #[vmstate(struct, nullable)]
     flags: [Option<Flag>; 3],
+    #[vmstate(struct, nullable)]
+    gaps: [Option<Flag>; 7],
 }
 
 #[derive(Clone, Debug, Default, PartialEq, VmState)]
@@ -142,6 +145,31 @@ impl Flag {
     }
 }
 
+/// The elements of `gaps` have these indices in the description, which reads back to the same.
+#[track_caller]
+fn same_text(saved: &SavedState, dialect: Dialect, null: &str, indices: [Option<&str>; 7]) {
+    let mut writer = DescriptionWriter::new(dialect, 4096, None);
+    writer.device("nulls", 0, &SavedBody::Described(saved.clone()));
+    let text = writer.finish();
+    let gaps = text.split(r#"{"name": "gaps", "#).skip(1);
+    let found: Vec<_> = gaps
+        .map(|gap| {
+            let index = gap.strip_prefix(r#""index": "#)?;
+            index.split(',').next()
+        })
+        .collect();
+    assert_eq!(found, indices, "{dialect:?}");
+    let nulls = format!(r#""type": "{null}", "size": 1}}"#);
+    assert_eq!(text.matches(&nulls).count(), 6, "{text}");
+    let read = VmDescription::parse(text.as_bytes()).unwrap();
+    let BodyLayout::Described(layout) = &read.devices[0].body else {
+        panic!("not described");
+    };
+    let mut bytes = Vec::new();
+    saved.encode(&mut bytes);
+    assert_eq!(layout.decode(&bytes).unwrap(), *saved);
+}
+
 #[test]
 fn nulls_in_an_array_split_it_into_runs() {
     let (on, off) = (
@@ -154,11 +182,20 @@ fn nulls_in_an_array_split_it_into_runs() {
     let mut state = Nulls {
         numbers: [Some(1), Some(2), None, None, Some(3), None],
         points: [None, Some(Box::new(point(4, 5, 6)))],
-        flags: [None, Some(on), Some(off)],
+        flags: [None, Some(on.clone()), Some(off.clone())],
+        gaps: [
+            Some(off.clone()),
+            Some(off.clone()),
+            None,
+            Some(on.clone()),
+            None,
+            Some(on),
+            Some(off),
+        ],
     };
     let mut own = state.clone();
     own.numbers[0] = Some(7);
-    let bytes = b"\0\x01\0\x0200\0\x0300\x04\x05\x060\x01\x09\0";
+    let bytes = b"\0\x01\0\x0200\0\x0300\x04\x05\x060\x01\x09\0\0\0\x30\x01\x090\x01\x09\0";
     is_sent_as(state.clone(), &own, bytes);
     let element = |index, last| Shape::Element { index, last };
     assert_eq!(
@@ -173,8 +210,21 @@ fn nulls_in_an_array_split_it_into_runs() {
             ("flags", "nullptr", Shape::One),
             ("flags", "struct", element(1, false)),
             ("flags", "struct", element(2, true)),
+            ("gaps", "struct", element(0, false)),
+            ("gaps", "struct", element(1, false)),
+            ("gaps", "nullptr", Shape::One),
+            ("gaps", "struct", Shape::One),
+            ("gaps", "nullptr", Shape::One),
+            ("gaps", "struct", element(5, false)),
+            ("gaps", "struct", element(6, true)),
         ]
     );
+    let saved = state.save().unwrap();
+    // QEMU 10 leaves the index out on the last element of an array, not of a run in it.
+    let indices = [Some("0"), Some("1"), None, None, None, Some("5"), None];
+    same_text(&saved, Dialect::Qemu10, "nullptr", indices);
+    let indices = [Some("0"), Some("1"), None, None, None, Some("5"), Some("6")];
+    same_text(&saved, Dialect::Qemu7, "uint64", indices);
     let mut wrong = bytes.to_vec();
     wrong[4] = 0x31;
     is_refused(

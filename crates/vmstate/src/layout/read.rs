@@ -108,13 +108,15 @@ impl<'de> Deserialize<'de> for Fields {
     }
 }
 
-/// QEMU 10.0 leaves the index out on the last element of an array: a field that repeats the name of
-/// an element before it is the next one. And the last of those that have one is the last.
+/// QEMU 10.0 leaves the index out on the last element of an array: a field that repeats name and type
+/// of an element before it is the next one. Where no other field of that name follows, not even a
+/// null, the array ends.
 fn place_last_elements(fields: &mut [FieldLayout]) {
-    let mut before: Option<(Arc<str>, u32)> = None;
+    let mut before: Option<(Arc<str>, FieldType, u32)> = None;
     for field in fields.iter_mut() {
-        if let Some((name, index)) = &before
+        if let Some((name, kind, index)) = &before
             && *name == field.name
+            && *kind == field.kind
             && field.shape == Shape::One
         {
             field.shape = Shape::Element {
@@ -123,22 +125,24 @@ fn place_last_elements(fields: &mut [FieldLayout]) {
             };
         }
         before = match field.shape {
-            Shape::Element { index, last: false } => Some((field.name.clone(), index)),
+            Shape::Element { index, last: false } => {
+                Some((field.name.clone(), field.kind.clone(), index))
+            }
             _ => None,
         };
     }
-    let mut after: Option<(Arc<str>, u32)> = None;
+    let mut after: Option<(Arc<str>, Option<u32>)> = None;
     for field in fields.iter_mut().rev() {
+        let mut own = None;
         if let Shape::Element { index, last } = &mut field.shape {
             let next = index.saturating_add(1);
-            let goes_on = after
-                .as_ref()
-                .is_some_and(|(name, index)| *name == field.name && *index == next);
+            let goes_on = after.as_ref().is_some_and(|(name, index)| {
+                *name == field.name && index.is_none_or(|index| index == next)
+            });
             *last = !goes_on;
-            after = Some((field.name.clone(), *index));
-        } else {
-            after = None;
+            own = Some(*index);
         }
+        after = Some((field.name.clone(), own));
     }
 }
 
@@ -205,9 +209,15 @@ impl<'de> Visitor<'de> for FieldVisitor {
             (None, None) => Shape::One,
         };
         inner.shrink_to_fit();
+        let kind: String = kind.ok_or_else(|| A::Error::missing_field("type"))?;
+        let kind = match (kind.as_str(), size) {
+            // A null, as older versions name it.
+            ("uint64", Some(1)) => FieldType::NULLPTR,
+            _ => FieldType::new(kind),
+        };
         Ok(FieldLayout {
             name: name.ok_or_else(|| A::Error::missing_field("name"))?,
-            kind: FieldType::new(kind.ok_or_else(|| A::Error::missing_field("type"))?),
+            kind,
             shape,
             count: count.unwrap_or(1),
             element_bytes: size.ok_or_else(|| A::Error::missing_field("size"))?,

@@ -11,9 +11,9 @@ use crate::saved::{Content, FieldType, SavedBody, SavedField, SavedState, Shape}
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Dialect {
     /// QEMU up to 8.0: every element of an array that is described one by one has its index; no
-    /// configuration.
+    /// configuration; a null in an array of pointers is a `uint64` of one byte.
     Qemu7,
-    /// Later ones: the last element has none; the configuration comes first.
+    /// Later ones: the last element has none; the configuration comes first; a null is a `nullptr`.
     Qemu10,
 }
 
@@ -167,7 +167,11 @@ impl Serialize for Written<'_, SavedField> {
             Shape::Element { index, .. } => map.serialize_entry("index", &index)?,
             Shape::One => {}
         }
-        map.serialize_entry("type", field.kind.as_str())?;
+        let kind = match self.dialect {
+            Dialect::Qemu7 if field.kind == FieldType::NULLPTR => "uint64",
+            _ => field.kind.as_str(),
+        };
+        map.serialize_entry("type", kind)?;
         match &field.content {
             Content::Plain { .. } => {}
             Content::Structs(states) if field.kind == FieldType::STRUCT => {

@@ -108,20 +108,20 @@ impl Saver<'_> {
         });
     }
 
-    /// A run of elements, the first of which is `first` of its array.
+    /// A run of elements of an array that has `total`; the first of them is its `first`.
     fn run<I>(
         &mut self,
-        first: usize,
+        (first, total): (usize, usize),
         items: &mut [I],
         save: impl Fn(&mut I, &mut Elements) -> Result<(), DeviceError>,
     ) -> Result<(), DeviceError> {
-        let last = items.len().saturating_sub(1).saturating_add(first);
+        let is_one = items.len() <= 1;
         let mut all = Elements::default();
         for (k, item) in (first..).zip(items) {
-            let saved = if self.one_by_one && last > first {
+            let saved = if self.one_by_one && !is_one {
                 let mut one = Elements::default();
                 let saved = save(item, &mut one);
-                self.push(element_at(k, last), one.into_content());
+                self.push(element_at(k, total), one.into_content());
                 saved
             } else {
                 save(item, &mut all)
@@ -133,20 +133,20 @@ impl Saver<'_> {
             Content::Plain { count: 0, .. } => {}
             Content::Structs(states) if !alike => {
                 for (k, state) in (first..).zip(states) {
-                    self.push(element_at(k, last), Content::Structs(vec![state]));
+                    self.push(element_at(k, total), Content::Structs(vec![state]));
                 }
             }
-            content if last == first => self.push(SavedShape::One, content),
+            content if is_one => self.push(SavedShape::One, content),
             content => self.push(SavedShape::Array, content),
         }
         Ok(())
     }
 }
 
-fn element_at(index: usize, last: usize) -> SavedShape {
+fn element_at(index: usize, total: usize) -> SavedShape {
     SavedShape::Element {
         index: u32::try_from(index).unwrap_or(u32::MAX),
-        last: index == last,
+        last: index.checked_add(1) == Some(total),
     }
 }
 
@@ -215,7 +215,7 @@ impl<T, S: Sequence + ?Sized, E: Element<S::Item>> Access<T> for Many<E, T, S> {
         let count = self.number.to_save(state)?;
         let items = (self.at)(state).counted(count);
         let items = items.ok_or_else(|| not_as_counted(count))?;
-        out.run(0, items, |item, out| self.element.save(item, out))
+        out.run((0, count), items, |item, out| self.element.save(item, out))
     }
 
     fn load(&self, state: &mut T, loader: &mut Loader<'_>) -> Result<(), DeviceError> {
@@ -273,7 +273,7 @@ where
         for run in items.chunk_by_mut(|a, b| a.is_some() == b.is_some()) {
             let length = run.len();
             match run.first() {
-                Some(Some(_)) => out.run(first, run, |item, out| match item {
+                Some(Some(_)) => out.run((first, count), run, |item, out| match item {
                     Some(item) => self.element.save(item, out),
                     None => Ok(()),
                 })?,
