@@ -41,6 +41,11 @@ pub trait BlockDevice: Send + Sync {
     /// `length`.
     fn status(&self, offset: u64, length: u64) -> Result<Extent, DiskError>;
 
+    /// Whose the content of the range that starts at `offset` is: this device's own, or that of what
+    /// lies below it. The answer covers at least one byte and at most `length`. A device with
+    /// nothing below owns everything.
+    fn allocation(&self, offset: u64, length: u64) -> Result<Allocation, DiskError>;
+
     /// Start writing back the range without waiting. A hint that makes the next flush short.
     fn start_writeback(&self, offset: u64, length: u64) -> Result<(), DiskError>;
 
@@ -82,6 +87,10 @@ impl<D: BlockDevice + ?Sized> BlockDevice for Arc<D> {
 
     fn status(&self, offset: u64, length: u64) -> Result<Extent, DiskError> {
         (**self).status(offset, length)
+    }
+
+    fn allocation(&self, offset: u64, length: u64) -> Result<Allocation, DiskError> {
+        (**self).allocation(offset, length)
     }
 
     fn start_writeback(&self, offset: u64, length: u64) -> Result<(), DiskError> {
@@ -146,11 +155,20 @@ pub struct Extent {
     pub kind: ExtentKind,
 }
 
+/// Whose a run of bytes is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Allocation {
+    /// Length of the run in bytes, at least 1.
+    pub length: u64,
+    /// The device itself says what is there, zeroes included; else a backing image shows through.
+    pub is_own: bool,
+}
+
 /// A disk operation failed.
 #[derive(Debug, thiserror::Error)]
 #[error("{operation} at byte {offset} (length {length}): {source}")]
 pub struct DiskError {
-    /// `read`, `write`, `write zeroes`, `discard`, `status`, `write back`, `flush`.
+    /// `read`, `write`, `write zeroes`, `discard`, `status`, `allocation`, `write back`, `flush`.
     pub operation: &'static str,
     /// First byte of the range; 0 for a flush.
     pub offset: u64,

@@ -13,7 +13,7 @@ pub mod simulated;
 #[cfg(test)]
 mod testing;
 
-pub use device::{BlockDevice, Cached, DiskError, Extent, ExtentKind, Limits, Unmap};
+pub use device::{Allocation, BlockDevice, Cached, DiskError, Extent, ExtentKind, Limits, Unmap};
 pub use dirty::{CHUNK_BYTES, Chunk, DirtyBitmap};
 pub use locks::{Access, Deed, ImageLock, LockError};
 pub use node::{

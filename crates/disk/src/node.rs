@@ -29,7 +29,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use crate::device::{BlockDevice, Cached, DiskError, Extent, Limits, Unmap};
+use crate::device::{Allocation, BlockDevice, Cached, DiskError, Extent, Limits, Unmap};
 use crate::dirty::{Chunk, DirtyBitmap};
 
 /// What guests have to wait for.
@@ -593,6 +593,17 @@ impl Claim {
             // A cursor that follows extents must move on and stay inside, whatever a backend says.
             length: extent.length.min(left).max(1),
             ..extent
+        })
+    }
+
+    /// Whose the run of bytes is that starts at `offset`, which lies in the claim.
+    pub fn allocation(&self, offset: u64) -> Result<Allocation, DiskError> {
+        debug_assert!(self.bytes().contains(&offset));
+        let left = self.bytes().end - offset;
+        let allocation = self.node.device.allocation(offset, left)?;
+        Ok(Allocation {
+            length: allocation.length.min(left).max(1),
+            ..allocation
         })
     }
 

@@ -12,7 +12,9 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
 use rustix::io::{Errno, ReadWriteFlags, preadv2};
 
-use crate::device::{BlockDevice, Cached, DiskError, Extent, ExtentKind, Limits, Unmap};
+use crate::device::{
+    Allocation, BlockDevice, Cached, DiskError, Extent, ExtentKind, Limits, Unmap,
+};
 use crate::locks::{Access, ImageLock, LockError};
 
 /// The first bytes of a qcow2 image.
@@ -509,6 +511,13 @@ impl BlockDevice for RawDisk {
         self.check("status", offset, length)?;
         self.find_extent(offset, length)
             .map_err(failed("status", offset, length))
+    }
+
+    fn allocation(&self, _offset: u64, length: u64) -> Result<Allocation, DiskError> {
+        Ok(Allocation {
+            length,
+            is_own: true,
+        })
     }
 
     fn start_writeback(&self, offset: u64, length: u64) -> Result<(), DiskError> {

@@ -23,7 +23,9 @@ use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use crate::device::{BlockDevice, Cached, DiskError, Extent, ExtentKind, Limits, Unmap};
+use crate::device::{
+    Allocation, BlockDevice, Cached, DiskError, Extent, ExtentKind, Limits, Unmap,
+};
 
 /// Granularity of holes.
 pub const PAGE_BYTES: u64 = 4096;
@@ -47,6 +49,8 @@ pub enum Operation {
     Discard,
     /// [`BlockDevice::status`].
     Status,
+    /// [`BlockDevice::allocation`].
+    Allocation,
     /// [`BlockDevice::start_writeback`].
     StartWriteback,
     /// [`BlockDevice::flush`].
@@ -61,6 +65,7 @@ impl Operation {
             Self::WriteZeroes => "write zeroes",
             Self::Discard => "discard",
             Self::Status => "status",
+            Self::Allocation => "allocation",
             Self::StartWriteback => "write back",
             Self::Flush => "flush",
         }
@@ -525,6 +530,16 @@ impl BlockDevice for MemoryDisk {
             Ok(Extent {
                 length: end.min(offset + length) - offset,
                 kind,
+            })
+        })
+    }
+
+    /// Nothing lies below.
+    fn allocation(&self, offset: u64, length: u64) -> Result<Allocation, DiskError> {
+        self.carry_out(Operation::Allocation, offset, length, |_, length| {
+            Ok(Allocation {
+                length,
+                is_own: true,
             })
         })
     }

@@ -9,7 +9,8 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use vmferry_disk::{
-    BlockDevice, CHUNK_BYTES, Cached, Chunk, DiskError, Extent, ExtentKind, Limits, Unmap,
+    Allocation, BlockDevice, CHUNK_BYTES, Cached, Chunk, DiskError, Extent, ExtentKind, Limits,
+    Unmap,
 };
 
 use crate::world::World;
@@ -275,6 +276,11 @@ impl BlockDevice for Handle {
             return Err(failed("status", offset, length));
         }
         Ok(extent)
+    }
+
+    fn allocation(&self, _offset: u64, length: u64) -> Result<Allocation, DiskError> {
+        let is_own = true;
+        Ok(Allocation { length, is_own })
     }
 
     fn start_writeback(&self, _offset: u64, _length: u64) -> Result<(), DiskError> {

@@ -7,7 +7,7 @@ use serde_json::json;
 use vmferry_channel::{Listener, Uri};
 use vmferry_daemon::{Disk, Incoming};
 use vmferry_disk::simulated::MemoryDisk;
-use vmferry_disk::{BlockDevice, Cached, DiskError, Extent, Hold, Limits, Node, Unmap};
+use vmferry_disk::{Allocation, BlockDevice, Cached, DiskError, Extent, Hold, Limits, Node, Unmap};
 use vmferry_migration::{Residence, Start};
 use vmferry_qmp::types::{HandOver, MigrationStatus};
 
@@ -64,6 +64,10 @@ impl BlockDevice for Panicking {
 
     fn status(&self, offset: u64, length: u64) -> Result<Extent, DiskError> {
         self.disk.status(offset, length)
+    }
+
+    fn allocation(&self, offset: u64, length: u64) -> Result<Allocation, DiskError> {
+        self.disk.allocation(offset, length)
     }
 
     fn start_writeback(&self, offset: u64, length: u64) -> Result<(), DiskError> {

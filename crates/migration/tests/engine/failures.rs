@@ -10,7 +10,7 @@ use std::time::Instant;
 
 use vmferry_channel::{Channel, Direction, Stop};
 use vmferry_disk::simulated::{CacheMode, MemoryDisk, Operation};
-use vmferry_disk::{BlockDevice, Cached, DiskError, Extent, Hold, Limits, Node, Refusal, Unmap};
+use vmferry_disk::{Allocation, BlockDevice, Cached, DiskError, Extent, Hold, Limits, Node, Refusal, Unmap};
 use vmferry_migration::{
     Capabilities, Parameters, Published, RequestError, Residence, RunningSource, SourceDisk,
     SourceFailure, SourceJob, State, Target,
@@ -423,6 +423,9 @@ impl BlockDevice for Fragile {
     }
     fn status(&self, offset: u64, length: u64) -> Result<Extent, DiskError> {
         self.disk.status(offset, length)
+    }
+    fn allocation(&self, offset: u64, length: u64) -> Result<Allocation, DiskError> {
+        self.disk.allocation(offset, length)
     }
     fn start_writeback(&self, offset: u64, length: u64) -> Result<(), DiskError> {
         self.disk.start_writeback(offset, length)

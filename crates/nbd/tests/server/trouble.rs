@@ -8,7 +8,7 @@ use std::time::Duration;
 use crate::support::{Raw, Running, eventually, option, request, serve, serve_with};
 use vmferry_channel::Stop;
 use vmferry_disk::simulated::{CacheMode, MemoryDisk, Operation as Disk};
-use vmferry_disk::{BlockDevice, Cached, DiskError, Extent, ExtentKind, Hold, Limits, Node, Unmap};
+use vmferry_disk::{Allocation, BlockDevice, Cached, DiskError, Extent, ExtentKind, Hold, Limits, Node, Unmap};
 use vmferry_nbd::client::{Operation, Outcome};
 use vmferry_nbd::protocol::{Command, OptionCode};
 use vmferry_nbd::{Client, ClientSettings, NbdError, Settings};
@@ -680,6 +680,11 @@ impl BlockDevice for Panicking {
             length,
             kind: ExtentKind::Data,
         })
+    }
+
+    fn allocation(&self, _: u64, length: u64) -> Result<Allocation, DiskError> {
+        let is_own = true;
+        Ok(Allocation { length, is_own })
     }
 
     fn start_writeback(&self, _: u64, _: u64) -> Result<(), DiskError> {
