@@ -1,11 +1,12 @@
 //! Writes what has arrived, in the order of the stream: in a thread of its own, or at once.
 
+use std::ops::Range;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 
 use vmferry_buffer::{Buffer, is_zero};
-use vmferry_disk::{DiskError, Filler, Unmap};
+use vmferry_disk::{CHUNK_BYTES, DiskError, Filler, Unmap};
 
 /// Operations that wait at most; the buffers' budget bounds the data among them.
 const QUEUE_MAX: usize = 256;
@@ -243,13 +244,54 @@ impl Disks {
     }
 }
 
-/// All-zero parts become holes where the format has a granularity; else the whole block counts.
+/// All-zero clusters stay unallocated where the format has clusters that a block is made of; else
+/// the whole block counts.
 fn write(filler: &Filler, offset: u64, data: &[u8]) -> Result<(), DiskError> {
-    if is_zero(data) {
-        let device = filler.device();
-        return device.write_zeroes(offset, data.len() as u64, Unmap::May, false);
+    let device = filler.device();
+    let cluster_bytes = filler.node().limits().cluster_bytes.map(u64::from);
+    let cluster_bytes = cluster_bytes.filter(|bytes| *bytes > 0 && CHUNK_BYTES % bytes == 0);
+    for (part, is_zero) in runs(offset, data, cluster_bytes) {
+        let start = offset + part.start as u64;
+        match is_zero {
+            true => device.write_zeroes(start, part.len() as u64, Unmap::May, false)?,
+            false => device.write_at(&data[part], start)?,
+        }
     }
-    filler.device().write_at(data, offset)
+    Ok(())
+}
+
+/// Split what is to be written at `offset` into runs of clusters that are all zero and runs of
+/// clusters that are not. The first and the last cluster may be there in part.
+fn runs(
+    offset: u64,
+    data: &[u8],
+    cluster_bytes: Option<u64>,
+) -> impl Iterator<Item = (Range<usize>, bool)> {
+    let cluster_end = move |start: usize| {
+        let left = cluster_bytes.map(|bytes| bytes - (offset + start as u64) % bytes);
+        let length = left.and_then(|bytes| usize::try_from(bytes).ok());
+        length.map_or(data.len(), |length| data.len().min(start + length))
+    };
+    let mut at = 0;
+    let mut next = None;
+    let mut test = move || {
+        let part = at..cluster_end(at);
+        at = part.end;
+        let zero = is_zero(&data[part.clone()]);
+        (!part.is_empty()).then_some((part, zero))
+    };
+    std::iter::from_fn(move || {
+        let (mut run, zero) = next.take().or_else(&mut test)?;
+        loop {
+            match test() {
+                Some((part, same)) if same == zero => run.end = part.end,
+                other => {
+                    next = other;
+                    return Some((run, zero));
+                }
+            }
+        }
+    })
 }
 
 /// What was written since write-back was last started.
@@ -285,3 +327,6 @@ impl Written {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
