@@ -1,6 +1,6 @@
 //! From attributes to calls on a `Table`.
 
-use proc_macro2::TokenStream;
+use proc_macro2::{Group, TokenStream, TokenTree};
 use quote::{ToTokens, format_ident, quote, quote_spanned};
 use syn::spanned::Spanned;
 use syn::{Data, DeriveInput, Error, Field, Fields, Ident, Result, Type};
@@ -60,7 +60,38 @@ pub(crate) fn derive(input: &DeriveInput) -> Result<TokenStream> {
         calls.push(quote_spanned!(view.span()=> .view_subsection::<#view>()));
         checks.push(check_subsection(view, &owner));
     }
-    Ok(implementation(&input.ident, &owner, &calls, &checks))
+    let tokens = implementation(&input.ident, &owner, &calls, &checks);
+    Ok(match &owner.library {
+        Some(path) => with_library(tokens, &path.to_token_stream()),
+        None => tokens,
+    })
+}
+
+/// The tokens with another path in the place of `::vmferry_vmstate`.
+fn with_library(tokens: TokenStream, library: &TokenStream) -> TokenStream {
+    let mut out: Vec<TokenTree> = Vec::new();
+    for token in tokens {
+        let is_colon = |tree: &TokenTree| matches!(tree, TokenTree::Punct(p) if p.as_char() == ':');
+        match token {
+            TokenTree::Ident(ident) if ident == "vmferry_vmstate" => {
+                let colons = out.iter().rev().take_while(|tree| is_colon(tree)).count();
+                out.truncate(out.len() - colons.min(2));
+                let path = library.clone().into_iter().map(|mut token| {
+                    token.set_span(ident.span());
+                    token
+                });
+                out.extend(path);
+            }
+            TokenTree::Group(group) => {
+                let mut inner =
+                    Group::new(group.delimiter(), with_library(group.stream(), library));
+                inner.set_span(group.span());
+                out.push(inner.into());
+            }
+            other => out.push(other),
+        }
+    }
+    out.into_iter().collect()
 }
 
 fn implementation(
@@ -307,6 +338,59 @@ fn check_subsection(ty: &Type, owner: &Owner) -> TokenStream {
                 #name,
             ),
             #text
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use syn::parse_quote;
+
+    use super::*;
+
+    #[test]
+    fn the_library_is_where_it_is_said_to_be() {
+        let everything = |library: TokenStream| {
+            let input = parse_quote! {
+                #[vmstate(
+                    name = "a", version = NOW, minimum_version = OLD, needed = Self::needed,
+                    post_load = Self::check, subsections(View) #library
+                )]
+                struct All {
+                    #[vmstate(uint8, at = list[1].value, condition = Self::is_there)]
+                    #[vmstate(uint8_equal, as = u8, since = OLD)]
+                    first: u16,
+                    #[vmstate(uint8, count = first, max = 4)]
+                    counted: Vec<u8>,
+                    #[vmstate(struct, nullable, with = module)]
+                    list: [Option<Box<Inner>>; 4],
+                    #[vmstate(vstruct = 2)]
+                    boxed: [Box<Inner>; 4],
+                    #[vmstate(gtree, max = 4)]
+                    tree: std::collections::BTreeMap<u64, Inner>,
+                    #[vmstate(qlist, max = 4)]
+                    queue: Vec<Inner>,
+                    #[vmstate(buffer, length = Self::length, max = 4)]
+                    bytes: Vec<u8>,
+                    #[vmstate(bitmap, length = 64)]
+                    bits: Vec<u64>,
+                    #[vmstate(tmp = View)]
+                    view: u8,
+                    #[vmstate(subsection)]
+                    more: More,
+                    #[vmstate(subsection)]
+                    most: Most,
+                }
+            };
+            derive(&input).unwrap().to_string()
+        };
+        let usual = everything(TokenStream::new());
+        let renamed = everything(quote!(, crate = crate::device::state));
+        assert!(usual.matches(":: vmferry_vmstate").count() > 40);
+        assert!(!renamed.contains("vmferry_vmstate"));
+        assert_eq!(
+            renamed.replace("crate :: device :: state", ":: vmferry_vmstate"),
+            usual
         );
     }
 }

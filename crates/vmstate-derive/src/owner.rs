@@ -10,7 +10,7 @@ use crate::word;
 /// Longest name that a subsection's length byte can say.
 const MAX_NAME_BYTES: usize = 255;
 
-const WORDS: [&str; 11] = [
+const WORDS: [&str; 12] = [
     "name",
     "version",
     "minimum_version",
@@ -22,6 +22,7 @@ const WORDS: [&str; 11] = [
     "post_load",
     "committed",
     "subsections",
+    "crate",
 ];
 
 /// The hooks, in the order in which they run, and `needed`.
@@ -44,6 +45,8 @@ pub(crate) struct Owner {
     /// By their place in [`HOOKS`].
     pub(crate) hooks: [Option<ExprPath>; 5],
     pub(crate) subsections: Vec<Type>,
+    /// Where `vmferry_vmstate` is, if not there.
+    pub(crate) library: Option<ExprPath>,
 }
 
 impl Owner {
@@ -57,6 +60,7 @@ impl Owner {
         let mut needed = None;
         let mut hooks = [const { None }; 5];
         let mut subsections = Vec::new();
+        let mut library = None;
         let mut seen: Vec<String> = Vec::new();
         for item in attributes.into_iter().flat_map(|(_, items)| items) {
             let key = item.key.to_string();
@@ -69,6 +73,7 @@ impl Owner {
                 "minimum_version" => minimum = errors.take(item.version()),
                 "unmigratable" => unmigratable = errors.take(item.flag()).is_some(),
                 "needed" => needed = errors.take(item.path("a `fn(&Self) -> bool`")),
+                "crate" => library = errors.take(item.path("the crate vmferry-vmstate")),
                 "subsections" => match item.value {
                     Value::Types(types) => subsections = types,
                     _ => errors.add(item.error("write `subsections(TYPE, ..)`")),
@@ -120,6 +125,7 @@ impl Owner {
             needed,
             hooks,
             subsections,
+            library,
         })
     }
 }

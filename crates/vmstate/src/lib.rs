@@ -73,6 +73,7 @@
 //! | `committed = Self::f` | `fn(&mut Self) -> Result<(), E>`: the state is in place |
 //! | `subsections(A, B)` | subsections that are computed: each is a [`View`] of the struct |
 //! | `unmigratable` | such a device blocks saving and loading |
+//! | `crate = device::state` | where this crate is, if it goes by another name |
 //!
 //! ## On a field
 //!
@@ -98,6 +99,9 @@
 //! | `unused(28)` | so many zero bytes; no field of the struct | |
 //! | `subsection` | a subsection, sent if `needed` | [`VmState`] |
 //! | `skip = "why"` | nothing | any |
+//!
+//! QEMU's `fd` is missing: such a value is a descriptor that travels beside the stream, on a local
+//! socket, so it is no part of any body. Skip the field, and open the file anew in `committed`.
 //!
 //! Arrays of these are `[T; N]`, also `[[T; N]; M]`; a `Vec`, a boxed slice and an array behind a type
 //! alias say their `count`.
