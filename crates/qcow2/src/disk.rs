@@ -11,7 +11,7 @@ use crate::compressed::Decompressor;
 use crate::error::Error;
 use crate::flush::Flushes;
 use crate::header::{CORRUPT, DIRTY, Header};
-use crate::limits::{L2_CACHE_BYTES, SEGMENTS_MAX};
+use crate::limits::{L2_CACHE_BYTES, LOOK_UP_CLUSTERS_MAX, SEGMENTS_MAX};
 use crate::state::State;
 use crate::storage::Storage;
 use crate::types::{
@@ -276,7 +276,10 @@ impl Qcow2Disk {
         segments.clear();
         let mut at = guest;
         let end = guest.saturating_add(length);
-        while at < end && segments.len() < SEGMENTS_MAX {
+        for _ in 0..LOOK_UP_CLUSTERS_MAX {
+            if at >= end || segments.len() >= SEGMENTS_MAX {
+                break;
+            }
             let cluster = self.geometry.guest_cluster(GuestOffset(at));
             let (l1, _) = self.geometry.entry_place(cluster);
             let Some(_) = state.table_of(l1) else {

@@ -22,7 +22,7 @@ use std::sync::{Condvar, Mutex, PoisonError};
 use crate::cache::Slice;
 use crate::disk::Qcow2Disk;
 use crate::error::Error;
-use crate::limits::FREES_MAX;
+use crate::limits::{FREE_CLUSTERS_AT_ONCE, FREES_MAX};
 use crate::refcount::entry_writes;
 use crate::state::{Free, State};
 use crate::types::{HostCluster, OFFSET_MASK};
@@ -60,7 +60,6 @@ struct WriteBack {
     l1_entries: BTreeSet<usize>,
     l1_writes: Vec<(u64, Vec<u8>)>,
     frees: Vec<Free>,
-    file_end: u64,
 }
 
 impl Qcow2Disk {
@@ -124,13 +123,7 @@ impl Qcow2Disk {
         let publishes = !work.late.is_empty() || !work.l1_writes.is_empty();
         let adds_blocks = !work.refcount_writes.is_empty();
         if publishes || adds_blocks {
-            let failed = |operation| Error::storage(operation, "image", work.file_end);
-            if self.storage.length().map_err(failed("measure"))? < work.file_end {
-                self.storage
-                    .set_length(work.file_end)
-                    .map_err(failed("grow"))?;
-                self.unsynced.store(true, Ordering::Release);
-            }
+            self.reach_end()?;
         }
         self.sync()?;
         for (offset, bytes) in &work.refcount_writes {
@@ -142,6 +135,20 @@ impl Qcow2Disk {
             self.write_table("L1 table", *offset, bytes)?;
         }
         self.sync()
+    }
+
+    /// Make the file as long as its clusters reach. With the lock held: nobody is handed a cluster
+    /// meanwhile that a length from before would cut off.
+    fn reach_end(&self) -> Result<(), Error> {
+        let state = self.state();
+        let failed = |operation| Error::storage(operation, "image", state.file_end);
+        if self.storage.length().map_err(failed("measure"))? < state.file_end {
+            self.storage
+                .set_length(state.file_end)
+                .map_err(failed("grow"))?;
+            self.unsynced.store(true, Ordering::Release);
+        }
+        Ok(())
     }
 
     fn write_table(&self, structure: &'static str, offset: u64, bytes: &[u8]) -> Result<(), Error> {
@@ -204,10 +211,28 @@ impl Qcow2Disk {
         let retired = std::mem::take(&mut state.retired);
         let (ready, waiting) = retired
             .into_iter()
-            .partition(|free| free.epoch + 2 <= epoch);
+            .partition(|free: &Free| free.epoch + 2 <= epoch);
         state.retired = waiting;
-        let last_users = self.lower_shared(&mut state, ready);
         drop(state);
+        self.free_all(ready);
+        Ok(())
+    }
+
+    /// In parts, so that nobody waits for long.
+    fn free_all(&self, frees: Vec<Free>) {
+        for free in frees {
+            let mut first = free.first.0;
+            let end = first + free.count;
+            while first < end {
+                let part = first..end.min(first + FREE_CLUSTERS_AT_ONCE);
+                first = part.end;
+                self.free_part(part);
+            }
+        }
+    }
+
+    fn free_part(&self, clusters: Range<u64>) {
+        let last_users = self.lower_shared(&mut self.state(), clusters);
         for run in &last_users {
             let start = run.start << self.geometry.cluster_bits;
             let length = (run.end - run.start) << self.geometry.cluster_bits;
@@ -223,30 +248,21 @@ impl Qcow2Disk {
             state.metadata.remove(&cluster);
             state.lower(&*self.storage, HostCluster(cluster));
         }
-        Ok(())
     }
 
     /// Take a user away where there are more; answers with the clusters that have none but this,
-    /// in runs.
-    fn lower_shared(&self, state: &mut State, frees: Vec<Free>) -> Vec<Range<u64>> {
+    /// in runs. They keep their refcount until their space was given back: nobody gets them before.
+    fn lower_shared(&self, state: &mut State, clusters: Range<u64>) -> Vec<Range<u64>> {
         let mut last_users: Vec<Range<u64>> = Vec::new();
-        // The same cluster may be there twice: what is taken for the last user must be so when
-        // the others are gone.
-        let mut seen = HashSet::new();
-        for free in frees {
-            for cluster in free.first.0..free.first.0 + free.count {
-                let shared = match state.refcounts.get(&*self.storage, HostCluster(cluster)) {
-                    Ok(count) => count != 1,
-                    Err(_) => true,
-                };
-                if shared || !seen.insert(cluster) {
-                    state.lower(&*self.storage, HostCluster(cluster));
-                    continue;
-                }
-                match last_users.last_mut() {
-                    Some(run) if run.end == cluster => run.end += 1,
-                    _ => last_users.push(cluster..cluster + 1),
-                }
+        for cluster in clusters {
+            let count = state.refcounts.get(&*self.storage, HostCluster(cluster));
+            if !matches!(count, Ok(1)) {
+                state.lower(&*self.storage, HostCluster(cluster));
+                continue;
+            }
+            match last_users.last_mut() {
+                Some(run) if run.end == cluster => run.end += 1,
+                _ => last_users.push(cluster..cluster + 1),
             }
         }
         last_users
@@ -301,7 +317,6 @@ impl State {
             l1_entries,
             l1_writes,
             frees: std::mem::take(&mut self.frees),
-            file_end: self.file_end,
         }
     }
 

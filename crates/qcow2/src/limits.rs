@@ -24,6 +24,8 @@ pub const EXTENSIONS_MAX: usize = 256;
 pub const SNAPSHOTS_MAX: u32 = 65536;
 /// The longest snapshot table, 64 MiB, as in QEMU.
 pub const SNAPSHOT_TABLE_BYTES_MAX: u64 = 64 << 20;
+/// The longest L1 tables of all snapshots together, 1 GiB.
+pub const SNAPSHOT_L1_BYTES_MAX: u64 = 1 << 30;
 /// The longest extra data of a snapshot, as in QEMU.
 pub const SNAPSHOT_EXTRA_BYTES_MAX: u32 = 1024;
 /// The most persistent bitmaps, as in QEMU.
@@ -48,8 +50,14 @@ pub const RUN_BYTES_MAX: u64 = 2 << 20;
 pub const SEGMENTS_MAX: usize = 64;
 /// So many runs of clusters that wait to become free make the next write flush first.
 pub const FREES_MAX: usize = 65536;
+/// So many clusters become free before others get the lock.
+pub const FREE_CLUSTERS_AT_ONCE: u64 = 4096;
+/// So many clusters are looked at before others get the lock.
+pub const LOOK_UP_CLUSTERS_MAX: u64 = 4096;
+/// The most L2 tables that a check reads, 2^22: one table may be read for each snapshot.
+pub const CHECK_TABLES_MAX: u64 = 1 << 22;
 /// The most clusters in a file that is checked, 2^27 (8 TiB in 64 KiB clusters): a check needs
-/// 5 bytes of memory for each.
+/// up to 9 bytes of memory for each.
 pub const CHECK_CLUSTERS_MAX: u64 = 1 << 27;
 /// So many findings of each kind are described by a check; the others are only counted.
 pub const FINDINGS_MAX: u64 = 1000;

@@ -108,6 +108,19 @@ impl Refcounts {
                 return Err(Error::corrupt("refcount table entry", at, problem));
             }
         }
+        // One block for many entries would make a search for free clusters endless.
+        let mut blocks: Vec<u64> = table.iter().map(|entry| entry & OFFSET_MASK).collect();
+        blocks.retain(|block| *block != 0);
+        blocks.sort_unstable();
+        let twice = blocks.windows(2).find(|pair| pair.first() == pair.last());
+        if let Some([block, ..]) = twice {
+            let problem = format!("two entries lead to the block at byte {block}");
+            return Err(Error::corrupt(
+                "refcount table",
+                header.refcount_table_offset,
+                problem,
+            ));
+        }
         Ok(Self {
             geometry,
             table,

@@ -10,7 +10,8 @@ use crate::bytes::{be16, be32, be64};
 use crate::error::Error;
 use crate::header::Header;
 use crate::limits::{
-    HOST_BYTES_MAX, L1_BYTES_MAX, SNAPSHOT_EXTRA_BYTES_MAX, SNAPSHOT_TABLE_BYTES_MAX,
+    HOST_BYTES_MAX, L1_BYTES_MAX, SNAPSHOT_EXTRA_BYTES_MAX, SNAPSHOT_L1_BYTES_MAX,
+    SNAPSHOT_TABLE_BYTES_MAX,
 };
 use crate::storage::Storage;
 
@@ -62,6 +63,7 @@ impl SnapshotTable {
     /// Read the table; what it says of L1 tables is checked, the tables are not read.
     pub fn read(storage: &dyn Storage, header: &Header, file_end: u64) -> Result<Self, Error> {
         let mut table = Self::default();
+        let mut l1_bytes = 0_u64;
         for _ in 0..header.snapshots {
             let at = header.snapshots_offset.saturating_add(table.bytes);
             let broken = |problem: String| Error::corrupt("snapshot table entry", at, problem);
@@ -98,6 +100,14 @@ impl SnapshotTable {
             let (id, name) = names.split_at_checked(id as usize).unwrap_or_default();
             let entry = SnapshotEntry::parse(&fixed, rest, id.to_vec(), name.to_vec());
             entry.check(header, at, file_end)?;
+            l1_bytes = l1_bytes.saturating_add(u64::from(entry.l1_entries).saturating_mul(8));
+            if l1_bytes > SNAPSHOT_L1_BYTES_MAX {
+                return Err(Error::TooLarge {
+                    structure: "L1 tables of all snapshots",
+                    wanted: l1_bytes,
+                    max: SNAPSHOT_L1_BYTES_MAX,
+                });
+            }
             table.entries.push(entry);
             table.bytes = end
                 .saturating_sub(header.snapshots_offset)

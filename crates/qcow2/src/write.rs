@@ -14,7 +14,7 @@ use crate::alloc::Allocation;
 use crate::bytes::{be64, put64};
 use crate::disk::{Epoch, Miss, Qcow2Disk, Segment, SegmentKind};
 use crate::error::Error;
-use crate::limits::RUN_BYTES_MAX;
+use crate::limits::{LOOK_UP_CLUSTERS_MAX, RUN_BYTES_MAX};
 use crate::state::State;
 use crate::types::{
     COPIED, GuestCluster, GuestOffset, HostCluster, HostOffset, L1Index, Mapping, OFFSET_MASK,
@@ -141,7 +141,6 @@ impl Qcow2Disk {
             _ => None,
         };
         let cluster_bytes = self.geometry.cluster_bytes();
-        let wanted = clusters.end - clusters.start;
         let run_max = (RUN_BYTES_MAX / cluster_bytes).max(1);
         let rest = clusters.start + 1..clusters.end;
         let Some((host, zero)) = in_place(mapping) else {
@@ -155,7 +154,7 @@ impl Qcow2Disk {
             return self.claim_new(state, clusters.start, &old);
         };
         let mut count = 1;
-        let most = if zero { run_max.min(wanted) } else { wanted };
+        let most = if zero { run_max } else { LOOK_UP_CLUSTERS_MAX };
         for cluster in rest {
             let next = HostOffset(host.0 + count * cluster_bytes);
             let goes_on = count < most
@@ -323,9 +322,9 @@ impl Qcow2Disk {
         self.load_locked(state, &Miss { slice })?;
         let bytes = state.l2.get_mut(slice).unwrap_or_default();
         let in_slice = usize::try_from(place % slice_bytes).unwrap_or_default();
-        let old = be64(bytes, in_slice);
+        // First, because an error says that nothing was replaced.
+        let old = geometry.decode_l2(be64(bytes, in_slice), HostOffset(table.0 + place))?;
         put64(bytes, in_slice, entry);
-        let old = geometry.decode_l2(old, HostOffset(table.0 + place))?;
         let kept = entry & OFFSET_MASK;
         let clusters = old.host_clusters(geometry);
         let same = matches!(old, Mapping::Data { .. } | Mapping::Zero { .. })

@@ -45,18 +45,18 @@ impl Qcow2Disk {
         };
         let flags_do = self.flags_do(wanted, head_end..tail_start);
         if fast_only {
-            let ends_are_zero = self.is_zero(&head)? && self.is_zero(&tail)?;
+            let ends_are_zero = self.is_done(&head, wanted)? && self.is_done(&tail, wanted)?;
             if !ends_are_zero || (!clusters.is_empty() && !flags_do) {
                 return Err(Error::NotFast);
             }
         }
-        self.write_zeroes_out(head)?;
+        self.write_zeroes_out(head, wanted)?;
         if flags_do {
             self.change_clusters(clusters, wanted)?;
         } else if !clusters.is_empty() {
             self.write_over(head_end..tail_start.min(guest.end))?;
         }
-        self.write_zeroes_out(tail)
+        self.write_zeroes_out(tail, wanted)
     }
 
     pub(crate) fn discard_range(&self, guest: &Range<u64>) -> Result<(), Error> {
@@ -81,16 +81,19 @@ impl Qcow2Disk {
         self.geometry.version >= 3 || (wanted == Wanted::Zeroes && !self.is_backed(&guest))
     }
 
-    fn is_zero(&self, guest: &Range<u64>) -> Result<bool, Error> {
+    /// Is there already what is wanted?
+    fn is_done(&self, guest: &Range<u64>, wanted: Wanted) -> Result<bool, Error> {
         let mut at = guest.start;
         while at < guest.end {
             let segment = self.first_segment(at, guest.end - at)?;
-            let zero = match segment.kind {
-                SegmentKind::Zero | SegmentKind::ZeroAllocated => true,
+            let done = match segment.kind {
+                SegmentKind::ZeroAllocated => true,
+                _ if wanted == Wanted::AllocatedZeroes => false,
+                SegmentKind::Zero => true,
                 SegmentKind::Unallocated => !self.is_backed(&(at..at + 1)),
                 _ => false,
             };
-            if !zero {
+            if !done {
                 return Ok(false);
             }
             at += segment.length;
@@ -99,8 +102,8 @@ impl Qcow2Disk {
     }
 
     /// Parts of clusters: nothing to do where there are zeroes.
-    fn write_zeroes_out(&self, guest: Range<u64>) -> Result<(), Error> {
-        if guest.is_empty() || self.is_zero(&guest)? {
+    fn write_zeroes_out(&self, guest: Range<u64>, wanted: Wanted) -> Result<(), Error> {
+        if guest.is_empty() || self.is_done(&guest, wanted)? {
             return Ok(());
         }
         self.write_over(guest)

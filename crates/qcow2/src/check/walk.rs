@@ -7,7 +7,7 @@ use crate::bytes::entries;
 use crate::check::{CheckReport, FindingKind, read_cluster};
 use crate::error::Error;
 use crate::header::Header;
-use crate::limits::CHECK_CLUSTERS_MAX;
+use crate::limits::{CHECK_CLUSTERS_MAX, CHECK_TABLES_MAX};
 use crate::refcount::read_table;
 use crate::snapshot_table::SnapshotTable;
 use crate::storage::Storage;
@@ -88,6 +88,8 @@ pub(crate) struct Usage {
     pub(crate) refcount_clusters: Vec<usize>,
     /// Findings about the refcount table and its blocks: a new table ends them.
     pub(crate) refcount_errors: u64,
+    /// L2 tables read.
+    tables: u64,
 }
 
 impl Usage {
@@ -203,6 +205,7 @@ pub(crate) fn walk(
         refcount_table: Vec::new(),
         refcount_clusters: Vec::new(),
         refcount_errors: 0,
+        tables: 0,
     };
     let own = |name| Content::Own(name);
     let cluster_bytes = geometry.cluster_bytes();
@@ -302,6 +305,14 @@ fn walk_l1(
                 format!("the L2 table at byte {table} is used twice by one L1 table")
             });
             continue;
+        }
+        usage.tables += 1;
+        if usage.tables > CHECK_TABLES_MAX {
+            return Err(Error::TooLarge {
+                structure: "L2 tables (number, over all snapshots)",
+                wanted: usage.tables,
+                max: CHECK_TABLES_MAX,
+            });
         }
         let bytes = read_cluster(storage, geometry, "L2 table", table)?;
         for (index, &entry) in entries(&bytes).iter().enumerate() {
