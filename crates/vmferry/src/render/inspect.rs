@@ -469,7 +469,10 @@ fn configuration(configuration: Option<&Configuration>) -> String {
     let Some(configuration) = configuration else {
         return String::new();
     };
-    let mut parts = vec![format!("machine '{}'", name::shown(&configuration.machine))];
+    let mut parts = vec![match name::shown(&configuration.machine) {
+        machine if machine.is_empty() => "no machine type".to_owned(),
+        machine => format!("machine '{machine}'"),
+    }];
     if let Some(bits) = configuration.page_bits {
         parts.push(format!("page bits {}", bits.bits()));
     }
