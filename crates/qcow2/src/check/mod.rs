@@ -105,9 +105,13 @@ impl CheckReport {
     /// Nothing is wrong, or nothing any more.
     #[must_use]
     pub fn is_clean(&self) -> bool {
-        self.leaks + self.flags + self.errors == self.repaired
-            && !self.marked_corrupt
-            && !self.marked_dirty
+        self.total() == self.repaired && !self.marked_corrupt && !self.marked_dirty
+    }
+
+    /// Number of all findings.
+    #[must_use]
+    pub fn total(&self) -> u64 {
+        self.leaks + self.flags + self.errors
     }
 
     /// Number of findings of a kind, of which only some may be described.
@@ -140,23 +144,37 @@ impl CheckReport {
 /// error; anything else is a finding.
 pub fn check(storage: &dyn Storage, repair: Repair) -> Result<CheckReport, Error> {
     let mut header = Header::read(storage)?;
+    let (mut report, mut usage, stored) = inspect(storage, &header)?;
+    if repair == Repair::None {
+        return Ok(report);
+    }
+    repair::repair(storage, &mut header, &mut usage, &stored, repair)?;
+    drop((usage, stored));
+    // Only a second look tells what is right now.
+    let left = match report.total() {
+        0 => 0,
+        _ => inspect(storage, &header)?.0.total(),
+    };
+    report.repaired = report.total().saturating_sub(left);
+    let marked = report.marked_dirty || report.marked_corrupt;
+    if repair == Repair::All && left == 0 && marked {
+        repair::clear_marks(storage, &mut header)?;
+        report.marked_dirty = false;
+        report.marked_corrupt = false;
+    }
+    Ok(report)
+}
+
+fn inspect(storage: &dyn Storage, header: &Header) -> Result<(CheckReport, Usage, Stored), Error> {
     let mut report = CheckReport {
         marked_dirty: header.incompatible & DIRTY != 0,
         marked_corrupt: header.incompatible & CORRUPT != 0,
         ..CheckReport::default()
     };
-    let usage = walk::walk(storage, &header, &mut report)?;
-    let refcounts = compare(storage, &header, &usage, &mut report)?;
-    check_flags(storage, &header, &refcounts, &mut report)?;
-    repair::repair(
-        storage,
-        &mut header,
-        &usage,
-        &refcounts,
-        repair,
-        &mut report,
-    )?;
-    Ok(report)
+    let usage = walk::walk(storage, header, &mut report)?;
+    let stored = compare(storage, header, &usage, &mut report)?;
+    check_flags(storage, header, &stored, &mut report)?;
+    Ok((report, usage, stored))
 }
 
 /// Make the refcounts of an image right that was not closed by whoever updated them lazily.

@@ -6,7 +6,7 @@
 
 use crate::bytes::table;
 use crate::check::walk::Usage;
-use crate::check::{CheckReport, Repair, Stored, for_active_entries, read_cluster};
+use crate::check::{Repair, Stored, for_active_entries, read_cluster};
 use crate::error::Error;
 use crate::header::{CORRUPT, DIRTY, Header};
 use crate::limits::REFCOUNT_TABLE_BYTES_MAX;
@@ -17,47 +17,30 @@ use crate::types::{COPIED, Geometry, OFFSET_MASK};
 pub(super) fn repair(
     storage: &dyn Storage,
     header: &mut Header,
-    usage: &Usage,
+    usage: &mut Usage,
     stored: &Stored,
     repair: Repair,
-    report: &mut CheckReport,
 ) -> Result<(), Error> {
-    if repair == Repair::None {
-        return Ok(());
+    let mut pairs = usage.counts.iter().zip(&stored.counts);
+    let rebuild = usage.refcounts_broken || pairs.any(|(used, count)| used > count);
+    match (rebuild, repair) {
+        (true, Repair::All) => rebuild_refcounts(storage, header, usage)?,
+        // Refcounts that can't be trusted don't say what is a leak.
+        (true, _) => return Ok(()),
+        (false, _) => lower_leaks(storage, header.geometry, usage, stored)?,
     }
-    let too_low = too_low(usage, stored);
-    let rebuild = too_low > 0 || usage.refcount_errors > 0;
-    if rebuild {
-        if repair == Repair::Leaks {
-            // Refcounts that can't be trusted don't say what is a leak.
-            return Ok(());
-        }
-        rebuild_refcounts(storage, header, usage)?;
-        report.repaired += too_low + report.leaks + usage.refcount_errors;
-    } else if report.leaks > 0 {
-        lower_leaks(storage, header.geometry, usage, stored)?;
-        report.repaired += report.leaks;
-    }
-    if repair == Repair::Leaks {
-        return Ok(());
-    }
-    flush(storage)?;
-    mend_flags(storage, header, usage)?;
-    report.repaired += report.flags;
-    flush(storage)?;
-    if report.leaks + report.flags + report.errors == report.repaired {
-        header.incompatible &= !(DIRTY | CORRUPT);
-        header.write(storage)?;
+    if repair == Repair::All {
+        mend_flags(storage, header, usage)?;
         flush(storage)?;
-        report.marked_dirty = false;
-        report.marked_corrupt = false;
     }
     Ok(())
 }
 
-fn too_low(usage: &Usage, stored: &Stored) -> u64 {
-    let pairs = usage.counts.iter().zip(&stored.counts);
-    pairs.filter(|(used, count)| used > count).count() as u64
+/// Say in the header that the image is as it must be.
+pub(super) fn clear_marks(storage: &dyn Storage, header: &mut Header) -> Result<(), Error> {
+    header.incompatible &= !(DIRTY | CORRUPT);
+    header.write(storage)?;
+    flush(storage)
 }
 
 fn flush(storage: &dyn Storage) -> Result<(), Error> {
@@ -106,16 +89,17 @@ fn lower_leaks(
 fn rebuild_refcounts(
     storage: &dyn Storage,
     header: &mut Header,
-    usage: &Usage,
+    usage: &mut Usage,
 ) -> Result<(), Error> {
     let geometry = header.geometry;
     let per_block = geometry.block_refcounts();
-    let mut counts = usage.counts.clone();
-    for cluster in &usage.refcount_clusters {
-        if let Some(count) = counts.get_mut(*cluster) {
+    // The old table and its blocks have no use from now on.
+    for cluster in std::mem::take(&mut usage.refcount_clusters) {
+        if let Some(count) = usage.counts.get_mut(cluster) {
             *count = count.saturating_sub(1);
         }
     }
+    let mut counts = usage.counts.clone();
     let max = geometry.refcount_max();
     if let Some(cluster) = counts.iter().position(|count| u64::from(*count) > max) {
         let offset = (cluster as u64) << geometry.cluster_bits;

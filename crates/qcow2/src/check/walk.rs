@@ -86,8 +86,8 @@ pub(crate) struct Usage {
     pub(crate) refcount_table: Vec<u64>,
     /// Clusters of the refcount table and its blocks, as they were counted.
     pub(crate) refcount_clusters: Vec<usize>,
-    /// Findings about the refcount table and its blocks: a new table ends them.
-    pub(crate) refcount_errors: u64,
+    /// Something is wrong with the refcount table or its blocks: only a new table ends that.
+    pub(crate) refcounts_broken: bool,
     /// L2 tables read.
     tables: u64,
 }
@@ -135,6 +135,9 @@ impl Usage {
             let Some(code) = self.contents.get_mut(index) else {
                 continue;
             };
+            if content == Content::Own(REFCOUNT_TABLE) || content == Content::Own(REFCOUNT_BLOCK) {
+                self.refcount_clusters.push(index);
+            }
             let before = Content::of(*code);
             let shared = before == content && !matches!(content, Content::Own(_));
             if before != Content::Nothing && !shared {
@@ -150,16 +153,13 @@ impl Usage {
                     },
                 );
                 let own = |name| [before, content].contains(&Content::Own(name));
-                self.refcount_errors += u64::from(own(REFCOUNT_BLOCK) || own(REFCOUNT_TABLE));
+                self.refcounts_broken |= own(REFCOUNT_BLOCK) || own(REFCOUNT_TABLE);
                 // What only one may use is the more important.
                 if matches!(before, Content::Own(_)) {
                     continue;
                 }
             }
             *code = content.code();
-            if content == Content::Own(REFCOUNT_TABLE) || content == Content::Own(REFCOUNT_BLOCK) {
-                self.refcount_clusters.push(index);
-            }
         }
         true
     }
@@ -204,7 +204,7 @@ pub(crate) fn walk(
         contents: vec![0; count],
         refcount_table: Vec::new(),
         refcount_clusters: Vec::new(),
-        refcount_errors: 0,
+        refcounts_broken: false,
         tables: 0,
     };
     let own = |name| Content::Own(name);
@@ -264,7 +264,7 @@ fn walk_refcounts(
     let bytes = u64::from(header.refcount_table_clusters) << geometry.cluster_bits;
     let content = Content::Own(REFCOUNT_TABLE);
     if !usage.add(report, geometry, content, (offset, bytes), 48) {
-        usage.refcount_errors += 1;
+        usage.refcounts_broken = true;
         return Ok(());
     }
     usage.refcount_table = read_table(storage, "refcount table", offset, bytes, file_end)?;
@@ -274,7 +274,7 @@ fn walk_refcounts(
         let content = Content::Own(REFCOUNT_BLOCK);
         let place = (block, geometry.cluster_bytes());
         if block != 0 && !usage.add(report, geometry, content, place, at) {
-            usage.refcount_errors += 1;
+            usage.refcounts_broken = true;
         }
     }
     Ok(())

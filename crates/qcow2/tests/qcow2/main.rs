@@ -2,6 +2,7 @@
 
 mod crash;
 mod faults;
+mod hostile;
 mod interop;
 mod model;
 mod support;
