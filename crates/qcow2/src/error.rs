@@ -112,6 +112,22 @@ pub enum Error {
     /// An earlier flush failed: what was lost then can't be told.
     #[error("an earlier flush failed, nothing more can be made durable: {0}")]
     FlushFailed(io::ErrorKind),
+    /// No snapshot has this id, and none has this name.
+    #[error("there is no snapshot {name:?} in the image")]
+    NoSuchSnapshot {
+        /// What was looked for.
+        name: String,
+    },
+    /// A snapshot has this id or this name.
+    #[error("there is a snapshot {name:?} in the image already")]
+    SnapshotExists {
+        /// Which one.
+        name: String,
+    },
+    /// The disk's length or its snapshots changed while a VM state was written, or somebody else
+    /// began to write one.
+    #[error("the VM state was dropped: the image or its snapshots changed while it was written")]
+    VmStateDropped,
     /// The file can't be opened or made.
     #[error(transparent)]
     Open(#[from] vmferry_disk::OpenError),

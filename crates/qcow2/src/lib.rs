@@ -42,12 +42,16 @@
 //! 7. **Bitmaps that record changes are marked as out of date, durably, before the first change**
 //!    (`bitmaps.rs`).
 //!
+//! 8. **COPIED flags are cleared and refcounts raised, durably, before the header leads to another
+//!    user** (`snapshot/mod.rs`). A stop before that leaves flags that disagree with a refcount that
+//!    is too high, and a stop before flags are set again ones that are missing.
+//!
 //! # Who waits for whom
 //!
 //! One lock guards the metadata; it is held to look things up and to change them, not for data, and
 //! reading an L2 table goes on without it. Two operations that change L2 entries of the same guest
-//! cluster wait for one another (`state.rs`, `InFlight`); those that write in place
-//! do not. A flush runs beside everything else. Only resizing waits for all operations to end.
+//! cluster wait for one another (`state.rs`, `InFlight`); those that write in place do not. A flush
+//! runs beside everything else. Only resizing and snapshots wait for all operations to end.
 #![forbid(unsafe_code)]
 #![cfg_attr(
     not(test),
@@ -70,6 +74,7 @@ pub mod header;
 pub mod limits;
 mod refcount;
 mod resize;
+mod snapshot;
 mod snapshot_table;
 mod state;
 mod storage;
@@ -83,5 +88,6 @@ pub use create::{CreateOptions, create};
 pub use device::{LayerExtent, LayerKind};
 pub use disk::{OpenOptions, Qcow2Disk};
 pub use error::Error;
+pub use snapshot::{NewSnapshot, Snapshot, VmStateReader, VmStateWriter};
 pub use snapshot_table::{SnapshotEntry, SnapshotTable};
 pub use storage::{FileStorage, Storage};

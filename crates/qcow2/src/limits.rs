@@ -28,6 +28,8 @@ pub const SNAPSHOT_TABLE_BYTES_MAX: u64 = 64 << 20;
 pub const SNAPSHOT_L1_BYTES_MAX: u64 = 1 << 30;
 /// The longest extra data of a snapshot, as in QEMU.
 pub const SNAPSHOT_EXTRA_BYTES_MAX: u32 = 1024;
+/// The longest name of a snapshot: QEMU cuts longer ones off.
+pub const SNAPSHOT_NAME_BYTES_MAX: u16 = 255;
 /// The most persistent bitmaps, as in QEMU.
 pub const BITMAPS_MAX: u32 = 65535;
 /// The longest bitmap directory, 64 MiB.

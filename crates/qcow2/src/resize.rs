@@ -48,7 +48,8 @@ impl Qcow2Disk {
         }
         self.write_back()?;
         {
-            let state = self.state();
+            let mut state = self.state();
+            state.vm_state_writer += 1;
             mark_in_use(&*self.storage, &state.header, state.file_end, true)?;
         }
         match disk_bytes > old_bytes {

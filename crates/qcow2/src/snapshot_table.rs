@@ -6,17 +6,20 @@
 //! 40 extra: VM state size 8, disk size 8, icount 8, … │ id │ name │ padding to 8
 //! ```
 
-use crate::bytes::{be16, be32, be64};
+use crate::bytes::{be16, be32, be64, put, put32, put64};
 use crate::error::Error;
 use crate::header::Header;
 use crate::limits::{
     HOST_BYTES_MAX, L1_BYTES_MAX, SNAPSHOT_EXTRA_BYTES_MAX, SNAPSHOT_L1_BYTES_MAX,
-    SNAPSHOT_TABLE_BYTES_MAX,
+    SNAPSHOT_TABLE_BYTES_MAX, SNAPSHOTS_MAX,
 };
+use crate::snapshot::{NewSnapshot, no_such};
 use crate::storage::Storage;
 
 /// Bytes of an entry before its extra data.
 pub(crate) const ENTRY_BYTES: usize = 40;
+/// The extra data says that instructions were not counted.
+const NO_ICOUNT: u64 = u64::MAX;
 /// Extra data that version 3 demands.
 const EXTRA_BYTES_V3: u32 = 16;
 
@@ -124,7 +127,125 @@ impl SnapshotTable {
     }
 }
 
+impl SnapshotTable {
+    /// A table of these entries, if it is one that can be read again.
+    pub(crate) fn of(entries: Vec<SnapshotEntry>) -> Result<Self, Error> {
+        let bytes = entries.iter().map(SnapshotEntry::padded_bytes).sum();
+        let l1_entries = entries.iter().map(|entry| u64::from(entry.l1_entries));
+        let l1_bytes = l1_entries.sum::<u64>().saturating_mul(8);
+        let count = entries.len() as u64;
+        for (structure, wanted, max) in [
+            ("snapshot table", bytes, SNAPSHOT_TABLE_BYTES_MAX),
+            (
+                "snapshot table (in entries)",
+                count,
+                u64::from(SNAPSHOTS_MAX),
+            ),
+            (
+                "L1 tables of all snapshots",
+                l1_bytes,
+                SNAPSHOT_L1_BYTES_MAX,
+            ),
+        ] {
+            if wanted > max {
+                return Err(Error::TooLarge {
+                    structure,
+                    wanted,
+                    max,
+                });
+            }
+        }
+        Ok(Self { entries, bytes })
+    }
+
+    /// The table as it is in the file.
+    pub(crate) fn encode(&self) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        for entry in &self.entries {
+            entry.encode(&mut bytes);
+        }
+        bytes
+    }
+
+    /// The entry that has this id, or else the first one that has this name.
+    pub(crate) fn find(&self, name: &str) -> Result<usize, Error> {
+        let bytes = name.as_bytes();
+        let by_id = self.entries.iter().position(|entry| entry.id == bytes);
+        by_id
+            .or_else(|| self.entries.iter().position(|entry| entry.name == bytes))
+            .ok_or_else(|| no_such(bytes))
+    }
+
+    /// The highest number that is an id, plus 1; if there is no such number, one that is no id.
+    pub(crate) fn next_id(&self) -> u64 {
+        let id = |entry: &SnapshotEntry| std::str::from_utf8(&entry.id).ok()?.parse::<u64>().ok();
+        let used = || self.entries.iter().filter_map(id);
+        used()
+            .max()
+            .unwrap_or_default()
+            .checked_add(1)
+            .or_else(|| (1..).find(|number| used().all(|id| id != *number)))
+            .unwrap_or_default()
+    }
+}
+
 impl SnapshotEntry {
+    /// An entry with all the extra data that is known.
+    pub(crate) fn new(
+        new: &NewSnapshot<'_>,
+        id: u64,
+        l1_offset: u64,
+        l1_entries: u32,
+        disk_bytes: u64,
+    ) -> Self {
+        let icount = new.icount.unwrap_or(NO_ICOUNT);
+        let extra = [new.vm_state_bytes, disk_bytes, icount];
+        Self {
+            l1_offset,
+            l1_entries,
+            date_seconds: new.date.0,
+            date_nanoseconds: new.date.1,
+            guest_nanoseconds: new.guest_nanoseconds,
+            vm_state_bytes: new.vm_state_bytes,
+            disk_bytes: Some(disk_bytes),
+            extra: crate::bytes::table(&extra),
+            id: id.to_string().into_bytes(),
+            name: new.name.as_bytes().to_vec(),
+        }
+    }
+
+    /// How many instructions the guest had run, if they were counted.
+    #[must_use]
+    pub fn icount(&self) -> Option<u64> {
+        let known = (self.extra.len() >= 24).then(|| be64(&self.extra, 16));
+        known.filter(|icount| *icount != NO_ICOUNT)
+    }
+
+    fn padded_bytes(&self) -> u64 {
+        let bytes = ENTRY_BYTES + self.extra.len() + self.id.len() + self.name.len();
+        bytes.next_multiple_of(8) as u64
+    }
+
+    fn encode(&self, bytes: &mut Vec<u8>) {
+        let length = |part: &[u8]| u16::try_from(part.len()).unwrap_or(u16::MAX).to_be_bytes();
+        let mut fixed = [0; ENTRY_BYTES];
+        put64(&mut fixed, 0, self.l1_offset);
+        put32(&mut fixed, 8, self.l1_entries);
+        put(&mut fixed, 12, &length(&self.id));
+        put(&mut fixed, 14, &length(&self.name));
+        put32(&mut fixed, 16, self.date_seconds);
+        put32(&mut fixed, 20, self.date_nanoseconds);
+        put64(&mut fixed, 24, self.guest_nanoseconds);
+        let low = u32::try_from(self.vm_state_bytes).unwrap_or_default();
+        put32(&mut fixed, 32, low);
+        let extra = u32::try_from(self.extra.len()).unwrap_or(u32::MAX);
+        put32(&mut fixed, 36, extra);
+        for part in [&fixed, self.extra.as_slice(), &self.id, &self.name] {
+            bytes.extend_from_slice(part);
+        }
+        bytes.resize(bytes.len().next_multiple_of(8), 0);
+    }
+
     fn parse(fixed: &[u8], extra: Vec<u8>, id: Vec<u8>, name: Vec<u8>) -> Self {
         Self {
             l1_offset: be64(fixed, 0),

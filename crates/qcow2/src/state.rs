@@ -42,6 +42,8 @@ pub(crate) struct State {
     pub(crate) new_tables: HashSet<u64>,
     pub(crate) refcounts: Refcounts,
     pub(crate) snapshots: SnapshotTable,
+    /// Counts what ends the work of whoever writes a VM state.
+    pub(crate) vm_state_writer: u64,
     /// No cluster before this one is free.
     pub(crate) first_free: HostCluster,
     /// From this byte of the file on everything is a hole, and was never handed out.
@@ -92,6 +94,7 @@ impl State {
             new_tables: HashSet::new(),
             refcounts,
             snapshots,
+            vm_state_writer: 0,
             first_free: HostCluster(0),
             untouched_from: file_end,
             file_end,

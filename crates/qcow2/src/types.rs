@@ -128,6 +128,16 @@ impl Geometry {
         HostOffset(cluster.0 << self.cluster_bits)
     }
 
+    /// The number of the cluster that a byte of the file is in.
+    pub(crate) const fn cluster_of(self, offset: u64) -> u64 {
+        offset >> self.cluster_bits
+    }
+
+    /// The byte of a disk of this length where VM state begins: behind its last L1 entry.
+    pub(crate) const fn vm_state_start(self, disk_bytes: u64) -> u64 {
+        self.l1_entries(disk_bytes) * self.l1_coverage()
+    }
+
     pub(crate) fn host_cluster(self, offset: HostOffset) -> HostCluster {
         HostCluster(offset.0 >> self.cluster_bits)
     }
