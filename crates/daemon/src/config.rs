@@ -42,7 +42,7 @@ pub struct Disk {
     pub peer: String,
     /// The image, for people.
     pub path: PathBuf,
-    /// Its format: `raw`.
+    /// Its format: `raw` or `qcow2`.
     pub format: &'static str,
 }
 

@@ -9,8 +9,8 @@
 //! | 4 | refused before anything was sent |
 //! | 130 | cancelled |
 //!
-//! For commands that look at something (`inspect`, `diff`, `schema diff`): 0 whole or equal, 1 broken
-//! or different, 2 unreadable.
+//! For commands that look at something (`inspect`, `diff`, `schema diff`, `check`): 0 whole or equal,
+//! 1 broken or different, 2 unreadable.
 
 use std::fmt;
 use std::io::{self, Write};

@@ -1,6 +1,7 @@
 //! What each command does.
 
 pub(crate) mod cancel;
+pub(crate) mod check;
 pub(crate) mod completions;
 mod daemon;
 pub(crate) mod demo;

@@ -53,7 +53,7 @@ pub(crate) fn run(flags: &ReceiveFlags) -> Result<Exit, Failure> {
         .zip(plans)
         .map(|(open, plan)| DestinationDisk {
             record: Some(plan.file),
-            node: Node::new(open.name, Box::new(open.disk), Hold::Writes),
+            node: Node::new(open.name, open.image.into_device(), Hold::Writes),
         })
         .collect();
     let report = Report { flags };

@@ -54,13 +54,13 @@ pub(crate) fn run(flags: &ServeFlags) -> Result<Exit, Failure> {
         .into_iter()
         .zip(plans)
         .map(|(open, plan)| Disk {
-            node: Node::new(open.name, Box::new(open.disk), plan.resting()),
+            format: open.image.format().name(),
+            node: Node::new(open.name, open.image.into_device(), plan.resting()),
             record: plan.file,
             start: plan.start,
             taken_back: flags.take_back.contains(&plan.name),
             peer: plan.record.map(|record| record.peer).unwrap_or_default(),
             path: open.path,
-            format: "raw",
         })
         .collect();
 

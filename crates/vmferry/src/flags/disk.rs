@@ -1,11 +1,12 @@
-//! DISK: `NAME=PATH[,format=raw][,readonly=on][,size=S][,create=on][,overwrite=on]`, where `,,` is
-//! a comma of the name or the path.
+//! DISK: `NAME=PATH[,format=raw|qcow2][,readonly=on][,size=S][,create=on][,overwrite=on]`, where
+//! `,,` is a comma of the name or the path.
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
 
 use super::size::{Size, SizeError};
+use crate::disks::image::Format;
 
 /// Longest name of a disk in bytes: its length is one byte in the `block` section.
 pub(crate) const LONGEST_NAME_BYTES: usize = 255;
@@ -15,8 +16,8 @@ pub(crate) const LONGEST_NAME_BYTES: usize = 255;
 pub(crate) struct DiskFlag {
     pub(crate) name: String,
     pub(crate) path: PathBuf,
-    /// `format=raw` was said: the content is raw whatever it starts with.
-    pub(crate) surely_raw: bool,
+    /// As it was said. The content never says it: a guest writes that.
+    pub(crate) format: Option<Format>,
     pub(crate) read_only: bool,
     /// `create=on`: the length of the file to create.
     pub(crate) create: Option<Size>,
@@ -40,9 +41,7 @@ pub(crate) enum DiskFlagError {
     Twice(&'static str),
     #[error("{option} is on or off, not \"{value}\"")]
     NotASwitch { option: &'static str, value: String },
-    #[error("qcow2 is not supported yet; format is raw")]
-    Qcow2,
-    #[error("unknown format \"{0}\"; format is raw")]
+    #[error("unknown format \"{0}\"; format is raw or qcow2")]
     UnknownFormat(String),
     #[error("size: {0}")]
     Size(#[from] SizeError),
@@ -79,6 +78,13 @@ pub(crate) fn disk_name(name: &OsStr) -> Result<String, NameError> {
     }
 }
 
+impl DiskFlag {
+    /// As it was said, or raw.
+    pub(crate) fn format(&self) -> Format {
+        self.format.unwrap_or(Format::Raw)
+    }
+}
+
 impl TryFrom<OsString> for DiskFlag {
     type Error = DiskFlagError;
 
@@ -102,7 +108,7 @@ impl TryFrom<OsString> for DiskFlag {
 /// The options as they were said, each at most once.
 #[derive(Default)]
 struct Options {
-    format_raw: Option<()>,
+    format: Option<Format>,
     read_only: Option<bool>,
     size: Option<Size>,
     create: Option<bool>,
@@ -116,7 +122,7 @@ impl Options {
             let text = String::from_utf8_lossy(&part).into_owned();
             let (option, value) = text.split_once('=').unwrap_or((&text, ""));
             match option {
-                "format" => once(&mut options.format_raw, "format", raw_only(value)?)?,
+                "format" => once(&mut options.format, "format", format(value)?)?,
                 "readonly" => once(
                     &mut options.read_only,
                     "readonly",
@@ -158,7 +164,7 @@ impl Options {
         Ok(DiskFlag {
             name,
             path,
-            surely_raw: self.format_raw.is_some(),
+            format: self.format,
             read_only: on(self.read_only),
             create,
             overwrite: on(self.overwrite),
@@ -166,10 +172,10 @@ impl Options {
     }
 }
 
-fn raw_only(value: &str) -> Result<(), DiskFlagError> {
+fn format(value: &str) -> Result<Format, DiskFlagError> {
     match value {
-        "raw" => Ok(()),
-        "qcow2" => Err(DiskFlagError::Qcow2),
+        "raw" => Ok(Format::Raw),
+        "qcow2" => Ok(Format::Qcow2),
         _ => Err(DiskFlagError::UnknownFormat(value.to_owned())),
     }
 }
@@ -218,7 +224,7 @@ mod tests {
         DiskFlag {
             name: name.into(),
             path: path.into(),
-            surely_raw: false,
+            format: None,
             read_only: false,
             create: None,
             overwrite: false,
@@ -236,14 +242,15 @@ mod tests {
         assert_eq!(
             disk("a=p,format=raw,readonly=on"),
             Ok(DiskFlag {
-                surely_raw: true,
+                format: Some(Format::Raw),
                 read_only: true,
                 ..plain("a", "p")
             })
         );
         assert_eq!(
-            disk("a=p,size=20GiB,create=on"),
+            disk("a=p,format=qcow2,size=20GiB,create=on"),
             Ok(DiskFlag {
+                format: Some(Format::Qcow2),
                 create: Some(Size { bytes: 20 << 30 }),
                 ..plain("a", "p")
             })
@@ -311,7 +318,6 @@ mod tests {
     fn wrong_options_are_named() {
         use DiskFlagError as E;
         for (text, error) in [
-            ("a=p,format=qcow2", E::Qcow2),
             ("a=p,format=vmdk", E::UnknownFormat("vmdk".into())),
             ("a=p,cache=none", E::UnknownOption("cache".into())),
             (
@@ -333,7 +339,7 @@ mod tests {
                 E::Size(SizeError::DecimalUnit("MB".into())),
             ),
             ("a=p,readonly=on,readonly=on", E::Twice("readonly")),
-            ("a=p,format=raw,format=raw", E::Twice("format")),
+            ("a=p,format=raw,format=qcow2", E::Twice("format")),
         ] {
             assert_eq!(disk(text), Err(error), "{text}");
         }

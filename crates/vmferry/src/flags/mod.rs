@@ -1,6 +1,7 @@
 //! The command line: each command's options, and a module for each kind of value.
 
 pub(crate) mod announce;
+pub(crate) mod check;
 pub(crate) mod device_glob;
 pub(crate) mod disk;
 pub(crate) mod extract;
@@ -23,6 +24,7 @@ use vmferry_channel::Uri;
 
 use crate::output::{self, Out};
 use announce::AnnounceFlag;
+use check::CheckFlags;
 use disk::DiskFlag;
 use extract::ExtractFlags;
 use incoming::IncomingFlag;
@@ -78,7 +80,7 @@ Exit status:
   3    undecided: nobody knows which side has the disks, they are held (see vmferry help resolve)
   4    refused before anything was sent
   130  cancelled
-  inspect, diff, extract, schema: 0 whole or equal, 1 broken or different, 2 unreadable
+  inspect, diff, extract, schema, check: 0 whole or equal, 1 broken or different, 2 unreadable
 
 First steps:
   vmferry demo      shows a live migration on this machine";
@@ -96,6 +98,7 @@ pub(crate) enum Command {
     Inspect(InspectFlags),
     Diff(DiffFlags),
     Schema(SchemaFlags),
+    Check(CheckFlags),
     Demo(DemoFlags),
     /// Print a shell's completions
     #[command(after_long_help = "Examples:
@@ -136,6 +139,7 @@ impl Command {
             Self::Status(flags) => (flags.json, None),
             Self::Demo(flags) => (flags.json, None),
             Self::Schema(flags) => (flags.json(), None),
+            Self::Check(flags) => (flags.json, None),
             _ => (false, None),
         };
         json.then(|| match uri {
@@ -157,14 +161,18 @@ guest's tap, which leads to the guest. mac= is the guest's address; without it t
 address of IFACE, as behind a macvtap. Needs CAP_NET_RAW. A QEMU announces its guest itself.";
 
 const DISK_HELP: &str = "\
-A disk: NAME=PATH[,format=raw][,readonly=on][,size=S][,create=on][,overwrite=on]
+A disk: NAME=PATH[,format=raw|qcow2][,readonly=on][,size=S][,create=on][,overwrite=on]
 
 NAME is what guests ask for over NBD and what the migration stream says; both ends must use the \
-same. PATH is a raw file or a block device. Two commas in a row are one comma of the name or path.
+same. PATH is a file or a block device. Two commas in a row are one comma of the name or path.
 
-format=raw: the content is raw even if it starts like a qcow2 image. readonly=on: guests \
-cannot write. create=on with size=S: make the file, which must not exist. overwrite=on: a \
-migration may fill this disk although it holds data.";
+format=: raw, or qcow2. It is never guessed, for a guest writes what is in a raw disk: without it \
+the disk is raw, and refused if it starts like a qcow2 image. A qcow2 may lie on top of others, if \
+its header names their formats.
+
+readonly=on: guests cannot write. create=on with size=S: make the file, which must not exist. \
+overwrite=on: a migration may fill this disk although it holds data; a qcow2 holds data if it has \
+any clusters.";
 
 /// Serve disks over NBD, and migrate them out or in.
 ///
@@ -500,7 +508,7 @@ mod tests {
         for (line, kind) in [
             ("vmferry serve", E::MissingRequiredArgument),
             ("vmferry serve --disk a", E::ValueValidation),
-            ("vmferry serve --disk a=b,format=qcow2", E::ValueValidation),
+            ("vmferry serve --disk a=b,format=vmdk", E::ValueValidation),
             (
                 "vmferry serve --disk a=b --announce br0,mac=ff:ff:ff:ff:ff:ff",
                 E::ValueValidation,

@@ -1,6 +1,7 @@
 //! What a person, or a program, sees of a migration.
 
 mod bar;
+pub(crate) mod check;
 pub(crate) mod diff;
 pub(crate) mod inspect;
 pub(crate) mod inspect_json;

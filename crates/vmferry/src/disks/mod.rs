@@ -1,13 +1,17 @@
 //! From `--disk` values to open disks.
 
+pub(crate) mod image;
+
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::{fs, mem};
 
-use vmferry_disk::{BlockDevice, OpenError, OpenOptions, RawDisk};
+use vmferry_disk::OpenError;
+use vmferry_qcow2::Error as Qcow2Error;
 
 use crate::exit::{Exit, Failure};
 use crate::flags::disk::DiskFlag;
+use image::{Image, ImageError};
 
 /// What disks are opened for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,7 +40,7 @@ pub(crate) enum Past {
 pub(crate) struct OpenDisk {
     pub(crate) name: String,
     pub(crate) path: PathBuf,
-    pub(crate) disk: RawDisk,
+    pub(crate) image: Image,
     /// It did not exist before.
     pub(crate) is_new: bool,
 }
@@ -104,35 +108,32 @@ pub(crate) fn open(
             Past::HalfFilled | Past::Moved => purpose == Purpose::Fill && is_missing(),
             Past::Arrived => false,
         };
-        let disk = match flag.create {
+        let image = match flag.create {
             Some(size) if is_new => {
-                let disk = RawDisk::create(&flag.path, size.bytes, true)
-                    .map_err(|error| cannot_open(&flag.name, &error))?;
+                let image = Image::create(&flag.path, flag.format(), size.bytes)
+                    .map_err(|error| cannot_open(flag, &error))?;
                 made.add(&flag.path);
-                disk
+                image
             }
             _ => open_existing(flag, purpose, past)?,
         };
         disks.push(OpenDisk {
             name: flag.name.clone(),
             path: flag.path.clone(),
-            disk,
+            image,
             is_new: is_new && flag.create.is_some(),
         });
     }
     Ok(OpenDisks { disks, made })
 }
 
-fn open_existing(flag: &DiskFlag, purpose: Purpose, past: Past) -> Result<RawDisk, Failure> {
+fn open_existing(flag: &DiskFlag, purpose: Purpose, past: Past) -> Result<Image, Failure> {
     let name = &flag.name;
-    let options = OpenOptions {
-        read_only: flag.read_only,
-        lock: true,
-    };
-    let disk = RawDisk::open(&flag.path, options).map_err(|error| cannot_open(name, &error))?;
-    let cannot_look = |error| Failure::new(Exit::Failed, format!("disk \"{name}\": {error}"));
+    let image = Image::open(&flag.path, flag.format(), flag.read_only)
+        .map_err(|error| cannot_open(flag, &error))?;
+    let cannot_look = |error| cannot_open(flag, &error);
     let refused = |why: String| Failure::refused(format!("disk \"{name}\": {why}"));
-    let (path, length) = (flag.path.display(), disk.limits().length);
+    let (path, length) = (flag.path.display(), image.limits().length);
     if length == 0 {
         return Err(refused(format!("{path} is empty; a disk has a length")));
     }
@@ -144,14 +145,15 @@ fn open_existing(flag: &DiskFlag, purpose: Purpose, past: Past) -> Result<RawDis
             size.bytes
         )));
     }
-    if !flag.surely_raw && disk.starts_with_qcow2_magic().map_err(cannot_look)? {
+    if flag.format.is_none() && image.looks_like_qcow2().map_err(cannot_look)? {
         return Err(refused(format!(
-            "{path} starts like a qcow2 image, which is not supported yet"
+            "{path} starts like a qcow2 image, but no format was given, which means raw"
         ))
+        .hint("if it is one, say format=qcow2")
         .hint("if its content really is raw, say format=raw"));
     }
     let may_fill = flag.overwrite || matches!(past, Past::HalfFilled | Past::Arrived);
-    if purpose == Purpose::Fill && !may_fill && disk.holds_data().map_err(cannot_look)? {
+    if purpose == Purpose::Fill && !may_fill && image.holds_data().map_err(cannot_look)? {
         return Err(refused(format!(
             "{path} holds data, which a migration would overwrite"
         ))
@@ -160,24 +162,41 @@ fn open_existing(flag: &DiskFlag, purpose: Purpose, past: Past) -> Result<RawDis
             Some(_) => "if nobody needs that data, say overwrite=on, not create=on and size=",
         }));
     }
-    Ok(disk)
+    Ok(image)
 }
 
-fn cannot_open(name: &str, error: &OpenError) -> Failure {
-    let message = format!("disk \"{name}\": {error}");
+fn cannot_open(flag: &DiskFlag, error: &ImageError) -> Failure {
+    let name = &flag.name;
+    let message = match error {
+        ImageError::Qcow2(error) => {
+            format!("disk \"{name}\": {}: {error}", flag.path.display())
+        }
+        ImageError::Open(_) | ImageError::Disk(_) => format!("disk \"{name}\": {error}"),
+    };
     match error {
-        OpenError::Missing { .. } => {
+        ImageError::Open(OpenError::Missing { .. }) => {
             Failure::refused(message).hint("to make it, say create=on and size=")
         }
-        OpenError::Exists { .. } => Failure::refused(message)
+        ImageError::Open(OpenError::Exists { .. }) => Failure::refused(message)
             .hint("to fill a disk that exists, leave create=on and size= out"),
-        OpenError::Directory { .. } | OpenError::NotADisk { .. } | OpenError::TooLong { .. } => {
-            Failure::refused(message)
-        }
-        OpenError::Lock(_) => {
+        ImageError::Open(
+            OpenError::Directory { .. } | OpenError::NotADisk { .. } | OpenError::TooLong { .. },
+        ) => Failure::refused(message),
+        ImageError::Open(OpenError::Lock(_)) => {
             Failure::refused(message).hint("end the program that uses the image first")
         }
-        OpenError::Permission { .. } | OpenError::Io { .. } => Failure::new(Exit::Failed, message),
+        ImageError::Qcow2(Qcow2Error::MarkedCorrupt | Qcow2Error::Corrupt { .. }) => {
+            Failure::refused(message).hint("see vmferry help check")
+        }
+        ImageError::Qcow2(Qcow2Error::NotQcow2) => {
+            Failure::refused(message).hint("if it is a raw image, say format=raw")
+        }
+        ImageError::Open(OpenError::Permission { .. } | OpenError::Io { .. })
+        | ImageError::Disk(_)
+        | ImageError::Qcow2(Qcow2Error::Storage { .. } | Qcow2Error::BackingIo(_)) => {
+            Failure::new(Exit::Failed, message)
+        }
+        ImageError::Qcow2(_) => Failure::refused(message),
     }
 }
 
@@ -186,6 +205,7 @@ mod tests {
     use std::ffi::OsString;
 
     use super::*;
+    use crate::disks::image::Format;
 
     struct Folder(tempfile::TempDir);
 
@@ -248,13 +268,13 @@ mod tests {
         folder.file("a", &[7; 1536]);
         let open = folder.open(Purpose::Serve, &["root=a"]).unwrap();
         assert_eq!(open.disks[0].name, "root");
-        assert_eq!(open.disks[0].disk.limits().length, 1536);
-        assert!(!open.disks[0].disk.limits().read_only);
+        assert_eq!(open.disks[0].image.limits().length, 1536);
+        assert!(!open.disks[0].image.limits().read_only);
         drop(open);
         let open = folder
             .open(Purpose::Serve, &["root=a,readonly=on"])
             .unwrap();
-        assert!(open.disks[0].disk.limits().read_only);
+        assert!(open.disks[0].image.limits().read_only);
         drop(open);
         assert_eq!(fs::read(folder.path("a")).unwrap(), [7; 1536]);
     }
@@ -331,6 +351,132 @@ mod tests {
         assert_eq!(exit, Exit::Refused);
         assert!(why.contains("starts like a qcow2 image"), "{why}");
         assert!(folder.open(Purpose::Serve, &["x=a,format=raw"]).is_ok());
+    }
+
+    #[test]
+    fn a_qcow2_is_made_and_opened_when_that_was_said() {
+        let folder = Folder::new();
+        let made = "x=a,format=qcow2,create=on,size=3M";
+        let open = folder.open(Purpose::Serve, &[made]).unwrap();
+        let limits = open.disks[0].image.limits();
+        assert_eq!(
+            (limits.length, limits.cluster_bytes),
+            (3 << 20, Some(65536))
+        );
+        assert_eq!(open.disks[0].image.format(), Format::Qcow2);
+        drop(open);
+        assert!(!folder.path("a").exists());
+        folder.open(Purpose::Serve, &[made]).unwrap().made.keep();
+        let image = fs::read(folder.path("a")).unwrap();
+        assert_eq!(image[..8], *b"QFI\xfb\0\0\0\x03");
+
+        assert!(folder.open(Purpose::Serve, &["x=a,format=qcow2"]).is_ok());
+        let (exit, why) = refusal(folder.open(Purpose::Serve, &["x=a"]));
+        assert_eq!(exit, Exit::Refused);
+        assert!(why.contains("no format was given"), "{why}");
+        let (exit, why) = refusal(folder.open(Purpose::Serve, &[made]));
+        assert_eq!(exit, Exit::Refused);
+        assert_eq!(why, "disk \"x\": ./a: exists already");
+        let (exit, why) = refusal(folder.open_with_past(
+            Purpose::Fill,
+            &["x=a,format=qcow2,create=on,size=4M"],
+            Past::HalfFilled,
+        ));
+        assert_eq!(exit, Exit::Refused);
+        assert_eq!(
+            why,
+            "disk \"x\": ./a exists and has 3145728 bytes, not size=4194304"
+        );
+        let (exit, why) =
+            refusal(folder.open(Purpose::Serve, &["x=b,format=qcow2,create=on,size=300TiB"]));
+        assert_eq!(exit, Exit::Refused);
+        assert!(why.contains("disk size is 329853488332800"), "{why}");
+        assert!(!folder.path("b").exists());
+    }
+
+    #[test]
+    fn what_is_no_qcow2_is_not_opened_as_one() {
+        let folder = Folder::new();
+        folder.file("raw", &[7; 4096]);
+        folder.file("short", b"QFI\xfb");
+        let (exit, why) = refusal(folder.open(Purpose::Serve, &["x=raw,format=qcow2"]));
+        assert_eq!(exit, Exit::Refused);
+        assert_eq!(
+            why,
+            "disk \"x\": ./raw: not a qcow2 image: it does not start with the qcow2 magic"
+        );
+        let (exit, why) = refusal(folder.open(Purpose::Serve, &["x=short,format=qcow2"]));
+        assert_eq!(exit, Exit::Refused);
+        assert!(why.starts_with("disk \"x\": ./short: header"), "{why}");
+    }
+
+    #[test]
+    fn a_qcow2_with_clusters_needs_overwrite() {
+        let folder = Folder::new();
+        let made = "x=a,format=qcow2,create=on,size=1M";
+        let open = folder.open(Purpose::Serve, &[made]).unwrap();
+        assert!(!open.disks[0].image.holds_data().unwrap());
+        let OpenDisks { disks, made } = open;
+        made.keep();
+        for disk in disks {
+            let device = disk.image.into_device();
+            device.write_at(&[7; 512], (1 << 20) - 512).unwrap();
+            // Dropped: that is how it is closed.
+        }
+        let text = "x=a,format=qcow2";
+        let (exit, why) = refusal(folder.open(Purpose::Fill, &[text]));
+        assert_eq!(exit, Exit::Refused);
+        assert!(why.contains("holds data"), "{why}");
+        assert!(folder.open(Purpose::Serve, &[text]).is_ok());
+        let text = "x=a,format=qcow2,overwrite=on";
+        let open = folder.open(Purpose::Fill, &[text]).unwrap();
+        let device = open.disks.into_iter().next().unwrap().image.into_device();
+        device
+            .write_zeroes(0, 1 << 20, vmferry_disk::Unmap::May, false)
+            .unwrap();
+        drop(device);
+        // What reads as zeroes without a cluster is nothing.
+        assert!(folder.open(Purpose::Fill, &["x=a,format=qcow2"]).is_ok());
+    }
+
+    #[test]
+    fn a_base_is_shared_by_overlays_and_written_by_nobody() {
+        use vmferry_qcow2::header::BackingFormat;
+        let folder = Folder::new();
+        folder.file("base", &[7; 1 << 20]);
+        for name in ["one", "two"] {
+            let storage = vmferry_qcow2::FileStorage::create(folder.path(name), false).unwrap();
+            let options = vmferry_qcow2::CreateOptions {
+                backing: Some(("base".into(), BackingFormat::Raw)),
+                ..vmferry_qcow2::CreateOptions::new(1 << 20)
+            };
+            vmferry_qcow2::create(&storage, &options).unwrap();
+        }
+        let overlays = ["x=one,format=qcow2", "y=two,format=qcow2"];
+        // Nothing of their own: they may be filled.
+        let open = folder.open(Purpose::Fill, &overlays).unwrap();
+        let device = open.disks.into_iter().next().unwrap().image.into_device();
+        let mut found = [0; 512];
+        device.read_at(&mut found, 4096).unwrap();
+        assert_eq!(found, [7; 512]);
+        let (exit, why) = refusal(folder.open(Purpose::Serve, &["b=base"]));
+        assert_eq!(exit, Exit::Refused);
+        assert!(why.contains("failed to get \"write\" lock on"), "{why}");
+        assert!(folder.open(Purpose::Serve, &["b=base,readonly=on"]).is_ok());
+        drop(device);
+        let base = folder.open(Purpose::Serve, &["b=base"]).unwrap();
+        let (exit, why) = refusal(folder.open(Purpose::Serve, &overlays));
+        assert_eq!(exit, Exit::Refused);
+        assert!(why.contains("base: is another process"), "{why}");
+        drop(base);
+        // Zeroes that hide what is below are content.
+        let open = folder.open(Purpose::Serve, &overlays[..1]).unwrap();
+        let device = open.disks.into_iter().next().unwrap().image.into_device();
+        device
+            .write_zeroes(0, 65536, vmferry_disk::Unmap::May, false)
+            .unwrap();
+        drop(device);
+        assert!(folder.open(Purpose::Fill, &overlays).is_err());
     }
 
     #[test]
