@@ -3,15 +3,22 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
 
 use fastrand::Rng;
 use vmferry_disk::simulated::MemoryDisk;
 use vmferry_disk::{BlockDevice, Unmap};
-use vmferry_qcow2::header::{BackingFormat, Compression};
-use vmferry_qcow2::{CreateOptions, OpenOptions, Qcow2Disk, Repair, check, create};
+use vmferry_qcow2::header::{BackingFormat, Compression, Header};
+use vmferry_qcow2::{
+    CreateOptions, OpenOptions, Qcow2Disk, Repair, SnapshotTable, Storage, check, create,
+};
 
-use crate::support::{Bytes, Event, MemoryFile, SECTOR, qemu_img, rounds, seed};
+use crate::support::{
+    Bytes, Event, Folder, MemoryFile, SECTOR, qemu_img, qemu_img_ok, rounds, seed,
+};
 
 /// Something that was done to the disk, with what it did to the file.
 struct Deed {
@@ -30,6 +37,8 @@ enum What {
 
 struct History {
     base: Bytes,
+    /// What the image's snapshot holds, if it has one.
+    snapshot: Option<Vec<u8>>,
     backing: Option<Vec<u8>>,
     start: Vec<u8>,
     log: Vec<Event>,
@@ -91,8 +100,25 @@ fn make_history(rng: &mut Rng) -> History {
         let length = backing.len().min(disk_bytes);
         model[..length].copy_from_slice(&backing[..length]);
     }
+    let mut snapshot = None;
+    let file = match options.refcount_order > 0 && rng.u8(..3) == 0 {
+        false => file,
+        true => {
+            let disk = open(&file, backing.as_deref());
+            for _ in 0..rng.usize(1..8) {
+                let range = random_range(rng, model.len(), 1 << cluster_bits);
+                disk.write_at(&vec![0xC4; range.len()], range.start as u64)
+                    .unwrap();
+                model[range].fill(0xC4);
+            }
+            disk.close().unwrap();
+            snapshot = Some(model.clone());
+            MemoryFile::new(with_snapshot(&file.bytes()))
+        }
+    };
     let mut history = History {
         base: file.bytes(),
+        snapshot,
         start: model.clone(),
         log: Vec::new(),
         deeds: Vec::new(),
@@ -128,7 +154,13 @@ fn make_history(rng: &mut Rng) -> History {
             }
             9 => {
                 let before = model.len();
+                if version == 2 && history.snapshot.is_some() {
+                    continue;
+                }
                 let wanted = rng.usize(1..=before * 3 / 2);
+                if wanted == before {
+                    continue;
+                }
                 disk.resize(wanted as u64).unwrap();
                 model.resize(wanted, 0);
                 What::Resized {
@@ -149,6 +181,32 @@ fn make_history(rng: &mut Rng) -> History {
     disk.close().unwrap();
     history.log = file.log();
     history
+}
+
+/// The same image with a snapshot of what it holds.
+fn with_snapshot(image: &Bytes) -> Bytes {
+    let folder = Folder::new();
+    let path = folder.path("image.qcow2");
+    image.to_file(Path::new(&path));
+    std::fs::write(folder.path("backing.raw"), [0; 512]).unwrap();
+    qemu_img_ok(&["snapshot", "-c", "kept", &path]);
+    Bytes::from_file(Path::new(&path))
+}
+
+/// Read the snapshot: the header of a copy leads to its L1 table.
+fn read_snapshot(image: &Bytes, backing: Option<&[u8]>) -> Vec<u8> {
+    let file = MemoryFile::new(image.clone());
+    let header = Header::read(&file).unwrap();
+    let table = SnapshotTable::read(&file, &header, u64::MAX).unwrap();
+    let entry = &table.entries[0];
+    let disk_bytes = entry.disk_bytes.unwrap_or(header.disk_bytes);
+    file.write_at(&disk_bytes.to_be_bytes(), 24).unwrap();
+    file.write_at(&entry.l1_entries.to_be_bytes(), 36).unwrap();
+    file.write_at(&entry.l1_offset.to_be_bytes(), 40).unwrap();
+    let disk = open(&file, backing);
+    let mut read = vec![0xEE; disk_bytes as usize];
+    disk.read_at(&mut read, 0).unwrap();
+    read
 }
 
 /// What the file may hold if it was `durable` at the last flush and `pending` came after it.
@@ -269,6 +327,17 @@ fn verify(rng: &mut Rng, history: &History, cut: usize, image: &Bytes) {
     }
     go_on(rng, &disk, &mut read, &context);
     disk.close().unwrap();
+    if let Some(snapshot) = &history.snapshot {
+        for image in [image, &file.bytes()] {
+            let read = read_snapshot(image, history.backing.as_deref());
+            // QEMU notes whole sectors, and forgets the rest.
+            assert!(read.len() / 512 == snapshot.len() / 512, "{context}");
+            assert!(
+                snapshot.starts_with(&read),
+                "{context}: the snapshot changed"
+            );
+        }
+    }
     let report = check(&file, Repair::Leaks).unwrap();
     assert_eq!(
         report.errors + report.flags,
@@ -375,4 +444,139 @@ fn a_flush_syncs_no_more_than_the_order_demands() {
     assert_eq!(syncs_of(&|| write(1 << 29)), 2, "a cluster and a table");
     let discard = || disk.discard(1 << 20, 1 << 16).unwrap();
     assert_eq!(syncs_of(&discard), 1, "only an L2 entry");
+}
+
+/// What a thread did to a unit of its own, in the order of one clock for all.
+struct Written {
+    unit: usize,
+    value: u8,
+    end: u64,
+}
+
+/// A flush that ended when the file had seen so many events.
+struct Flushed {
+    start: u64,
+    events: usize,
+}
+
+const UNITS: usize = 24;
+const UNIT_BYTES: usize = 3000;
+
+fn write_and_flush(
+    disk: &Qcow2Disk,
+    file: &MemoryFile,
+    clock: &AtomicU64,
+    mut rng: Rng,
+    owner: usize,
+) -> (Vec<Written>, Vec<Flushed>) {
+    let (mut written, mut flushed) = (Vec::new(), Vec::new());
+    for value in 1..40 {
+        let unit = rng.usize(..UNITS / 3) * 3 + owner;
+        let offset = (unit * UNIT_BYTES) as u64;
+        let value = match rng.u8(..6) {
+            0 => {
+                let start = clock.fetch_add(1, Ordering::SeqCst);
+                disk.flush().unwrap();
+                let events = file.log_length();
+                flushed.push(Flushed { start, events });
+                continue;
+            }
+            1 => {
+                let length = UNIT_BYTES as u64;
+                disk.write_zeroes(offset, length, Unmap::May, false)
+                    .unwrap();
+                0
+            }
+            _ => {
+                disk.write_at(&[value; UNIT_BYTES], offset).unwrap();
+                value
+            }
+        };
+        let end = clock.fetch_add(1, Ordering::SeqCst);
+        written.push(Written { unit, value, end });
+    }
+    (written, flushed)
+}
+
+fn verify_threads(image: &Bytes, cut: usize, written: &[Vec<Written>], flushed: &[Flushed]) {
+    let file = MemoryFile::new(image.clone());
+    let report = check(&file, Repair::None).unwrap();
+    assert_eq!(
+        report.errors + report.flags,
+        0,
+        "{cut}: {:?}",
+        report.findings.first()
+    );
+    let disk = open(&file, None);
+    // Everything that ended before this is durable.
+    let done = flushed.iter().filter(|flush| flush.events <= cut);
+    let durable = done.map(|flush| flush.start).max();
+    for unit in 0..UNITS {
+        let of_unit = written[unit % 3].iter().filter(|write| write.unit == unit);
+        let writes: Vec<&Written> = of_unit.collect();
+        let last = writes
+            .iter()
+            .rposition(|write| durable.is_some_and(|durable| write.end < durable));
+        let mut allowed: Vec<u8> = writes[last.unwrap_or(0)..]
+            .iter()
+            .map(|write| write.value)
+            .collect();
+        if last.is_none() {
+            allowed.push(0);
+        }
+        let mut read = [0xEE; UNIT_BYTES];
+        disk.read_at(&mut read, (unit * UNIT_BYTES) as u64).unwrap();
+        let wrong = read.iter().find(|byte| !allowed.contains(byte));
+        assert_eq!(
+            wrong, None,
+            "after event {cut}, unit {unit} may be {allowed:?}"
+        );
+    }
+}
+
+#[test]
+fn what_any_thread_flushed_survives() {
+    let seed = seed();
+    println!("VMFERRY_SEED={seed}");
+    let mut rng = Rng::with_seed(seed);
+    for _ in 0..rounds(20) {
+        let file = MemoryFile::default();
+        let options = CreateOptions {
+            cluster_bits: rng.u32(9..=12),
+            ..CreateOptions::new((UNITS * UNIT_BYTES) as u64)
+        };
+        create(&file, &options).unwrap();
+        let mut durable = file.bytes();
+        file.record();
+        let disk = open(&file, None);
+        let clock = AtomicU64::new(1);
+        let (mut written, mut flushed) = (Vec::new(), Vec::new());
+        thread::scope(|scope| {
+            let threads: Vec<_> = (0..3)
+                .map(|owner| {
+                    let (disk, file, clock, rng) = (&disk, &file, &clock, rng.fork());
+                    scope.spawn(move || write_and_flush(disk, file, clock, rng, owner))
+                })
+                .collect();
+            for thread in threads {
+                let (writes, flushes) = thread.join().unwrap();
+                written.push(writes);
+                flushed.extend(flushes);
+            }
+        });
+        disk.close().unwrap();
+        let log = file.log();
+        let mut flushed_until = 0;
+        for cut in 0..=log.len() {
+            let pending = &log[flushed_until..cut];
+            let image = survivors(&mut rng, &durable, pending);
+            verify_threads(&image, cut, &written, &flushed);
+            if matches!(log.get(cut), Some(Event::Flush)) {
+                for event in pending {
+                    event.apply(&mut durable);
+                }
+                flushed_until = cut + 1;
+            }
+        }
+    }
 }
