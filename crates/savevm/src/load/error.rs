@@ -75,7 +75,7 @@ pub enum LoadError {
         /// Where its body begins.
         offset: u64,
         /// What is wrong.
-        source: DeviceError,
+        source: Box<DeviceError>,
     },
     /// A device's state has no end.
     #[error("{section}, from byte {offset}: more than {max} bytes, still in field '{field}'")]
@@ -153,24 +153,20 @@ impl fmt::Display for SectionLabel {
 }
 
 impl LoadError {
-    /// Whose fault it is. What a handler or a hook says counts as this host's.
+    /// Whose fault it is. What a handler says counts as this host's.
     #[must_use]
     pub fn blame(&self) -> Blame {
         match self {
             Self::Stream(error) => error.blame(),
             Self::Blocked(_) => Blame::Caller,
-            Self::Section { .. }
-            | Self::Device {
-                source: DeviceError::Hook { .. },
-                ..
-            } => Blame::Host,
+            Self::Section { .. } => Blame::Host,
+            Self::Device { source, .. } => source.blame(),
             Self::Package { source, .. } => source.blame(),
             Self::Mismatch(_)
             | Self::UnknownSection { .. }
             | Self::VersionTooHigh { .. }
             | Self::VersionTooLow { .. }
             | Self::NotADevice { .. }
-            | Self::Device { .. }
             | Self::DeviceTooLong { .. }
             | Self::DeviceTruncated { .. }
             | Self::Command { .. }

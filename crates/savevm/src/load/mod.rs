@@ -637,7 +637,7 @@ impl LoadMachine {
             Err(source) => Err(LoadError::Device {
                 section: section.into(),
                 offset,
-                source,
+                source: Box::new(source),
             }),
         }
     }
@@ -654,7 +654,7 @@ impl LoadMachine {
                 decoded.commit().map_err(|source| LoadError::Device {
                     section: section.into(),
                     offset: open.offset,
-                    source,
+                    source: Box::new(source),
                 })?;
             }
             OpenOwner::Live(id) => {
