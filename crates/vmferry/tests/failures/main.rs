@@ -17,6 +17,7 @@ mod link;
 mod load;
 mod log;
 mod pair;
+mod qcow2;
 mod runs;
 mod serve;
 mod strangers;

@@ -11,5 +11,6 @@ mod exports;
 mod guest_disk;
 mod hosts;
 mod outgoing;
+mod qcow2;
 mod qemu;
 mod receive;

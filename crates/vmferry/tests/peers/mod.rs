@@ -6,6 +6,7 @@
 
 pub(crate) mod disk;
 pub(crate) mod guest;
+pub(crate) mod image;
 pub(crate) mod nbd;
 pub(crate) mod qemu;
 pub(crate) mod qmp;

@@ -8,6 +8,7 @@ use std::process::{Child, Command, Stdio};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+use super::image::Format;
 use super::qmp::Qmp;
 use super::{find, until};
 
@@ -61,14 +62,22 @@ impl Machine {
     }
 
     /// A raw virtio disk called `name` in block migration.
-    pub(crate) fn disk(mut self, name: &str, path: &Path) -> Self {
+    pub(crate) fn disk(self, name: &str, path: &Path) -> Self {
+        self.disk_in(Format::Raw, name, path)
+    }
+
+    /// The same in this format.
+    pub(crate) fn disk_in(mut self, format: Format, name: &str, path: &Path) -> Self {
         let path = path
             .to_str()
             .expect("test paths are UTF-8")
             .replace(',', ",,");
         self.command.args([
             "-drive",
-            &format!("file={path},format=raw,if=virtio,id={name}"),
+            &format!(
+                "file={path},format={},if=virtio,id={name},discard=unmap",
+                format.name()
+            ),
         ]);
         self
     }
