@@ -249,7 +249,7 @@ impl Disks {
 fn write(filler: &Filler, offset: u64, data: &[u8]) -> Result<(), DiskError> {
     let device = filler.device();
     let cluster_bytes = filler.node().limits().cluster_bytes.map(u64::from);
-    let cluster_bytes = cluster_bytes.filter(|bytes| *bytes > 0 && CHUNK_BYTES % bytes == 0);
+    let cluster_bytes = cluster_bytes.filter(|bytes| CHUNK_BYTES.is_multiple_of(*bytes));
     for (part, is_zero) in runs(offset, data, cluster_bytes) {
         let start = offset + part.start as u64;
         match is_zero {

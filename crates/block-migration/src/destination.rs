@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use vmferry_buffer::{Buffer, Pool, is_zero};
-use vmferry_disk::{CHUNK_BYTES, Chunk, Filler, Limits};
+use vmferry_disk::{BlockDevice, CHUNK_BYTES, Chunk, Filler, Limits};
 use vmferry_savevm::{HandlerError, LoadHandler};
 use vmferry_stream::{BLOCK_BYTES, BlockChunk, Name, Record, SECTOR_BYTES, Sector};
 
@@ -27,13 +27,29 @@ pub struct DestinationStats {
     pub percent: AtomicU64,
     /// The section has ended; nothing more will come.
     pub ended: AtomicBool,
-    /// Set by whoever knows that the source pads the end of a disk with zeroes, as ours does:
-    /// anything else there is data of a disk that is longer than the one here.
-    pub zero_padded: AtomicBool,
+    /// Set by whoever knows that the source is one of ours. It pads the end of a disk with zeroes, so
+    /// anything else there is data of a disk that is longer than the one here; and it does not end
+    /// before its first pass has.
+    pub source_is_ours: AtomicBool,
 }
 
 /// Memory for chunks that arrived and are not written, by default.
 const BUFFER_BUDGET_BYTES: usize = 32 << 20;
+
+/// Which blocks must come before a section may end.
+///
+/// The stream does not say it, so the person who receives has to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Coverage {
+    /// All of them.
+    #[default]
+    Whole,
+    /// Those of which any part is the disk's own when the migration begins. The source sends only
+    /// what is allocated in its disks' top layers (QEMU's `migrate -i`), and the disks here lie over
+    /// the same bases: what does not come shows through. A fresh overlay owns nothing; whatever an
+    /// earlier attempt has left in it must be overwritten.
+    Incremental,
+}
 
 /// A `block` section cannot be taken.
 #[derive(Debug, thiserror::Error)]
@@ -102,7 +118,8 @@ pub enum DestinationError {
     #[error(
         "disk '{name}': {missing} of {total} blocks never arrived, first at byte {offset}; the \
          source ended its migration too early (QEMU's `migrate -b` does so unless its \
-         downtime-limit is 0), or the disk here is longer than the source's"
+         downtime-limit is 0), or the disk here is longer than the source's, or the source sends \
+         only top layers (incremental) and this side was not told"
     )]
     Incomplete {
         /// The name.
@@ -113,6 +130,29 @@ pub enum DestinationError {
         total: u64,
         /// Where the first missing one starts.
         offset: u64,
+    },
+    /// The target of an incremental migration has content of its own.
+    #[error(
+        "disk '{name}': {count} blocks never arrived that are not those of its base, first at byte \
+         {offset}: an incremental migration fills an empty image over the source's base"
+    )]
+    NotBelow {
+        /// The name.
+        name: String,
+        /// Blocks of the disk's own that never came.
+        count: u64,
+        /// Where the first one starts.
+        offset: u64,
+    },
+    /// A QEMU has ended an incremental migration in the middle.
+    #[error(
+        "the source has ended its migration at {percent} % of its first pass, and what is missing \
+         cannot be told from what shows through from the base (QEMU's `migrate -i` does so unless \
+         its downtime-limit is 0)"
+    )]
+    EndedEarly {
+        /// What it said last.
+        percent: u8,
     },
     /// A disk could not be written.
     #[error(transparent)]
@@ -131,6 +171,10 @@ pub struct Destination {
     /// Where the payload that is being read belongs.
     incoming: Option<Incoming>,
     zeroes: Option<Zeroes>,
+    coverage: Coverage,
+    /// What the source said last of its first pass, before it said that all is over.
+    first_pass_percent: u8,
+    last_percent: u8,
     stats: Arc<DestinationStats>,
 }
 
@@ -157,8 +201,8 @@ impl Destination {
     ///
     /// # Errors
     /// Two disks of one name, one that is read-only or empty, or no thread to be had.
-    pub fn new(fillers: Vec<Filler>) -> Result<Self, DestinationError> {
-        Self::with_applier(fillers, Applier::start)
+    pub fn new(fillers: Vec<Filler>, coverage: Coverage) -> Result<Self, DestinationError> {
+        Self::with_applier(fillers, coverage, Applier::start)
     }
 
     /// Like [`Destination::new`], but without a thread: everything is written before the call
@@ -166,18 +210,26 @@ impl Destination {
     ///
     /// # Errors
     /// As [`Destination::new`].
-    pub fn without_thread(fillers: Vec<Filler>) -> Result<Self, DestinationError> {
-        Self::with_applier(fillers, |fillers| Ok(Applier::without_thread(fillers)))
+    pub fn without_thread(
+        fillers: Vec<Filler>,
+        coverage: Coverage,
+    ) -> Result<Self, DestinationError> {
+        let start = |fillers| Ok(Applier::without_thread(fillers));
+        Self::with_applier(fillers, coverage, start)
     }
 
     fn with_applier(
         fillers: Vec<Filler>,
+        coverage: Coverage,
         start: impl FnOnce(Vec<Filler>) -> Result<Applier, ApplyError>,
     ) -> Result<Self, DestinationError> {
         let mut by_name = BTreeMap::new();
         let mut disks = Vec::with_capacity(fillers.len());
         for (index, filler) in fillers.iter().enumerate() {
-            let disk = Disk::new(filler)?;
+            let mut disk = Disk::new(filler)?;
+            if coverage == Coverage::Incremental {
+                disk.await_own(filler.device());
+            }
             if by_name.insert(disk.name.clone(), index).is_some() {
                 return Err(DestinationError::Twice { name: disk.name });
             }
@@ -190,6 +242,9 @@ impl Destination {
             applier: start(fillers)?,
             incoming: None,
             zeroes: None,
+            coverage,
+            first_pass_percent: 0,
+            last_percent: 0,
             stats: Arc::default(),
         })
     }
@@ -329,7 +384,7 @@ impl Destination {
         let ends_with_disk = offset + CHUNK_BYTES == length.next_multiple_of(SECTOR_BYTES);
         let what = if !offset.is_multiple_of(CHUNK_BYTES) && !ends_with_disk {
             "is the last one of its disk"
-        } else if self.stats.zero_padded.load(Ordering::Relaxed) && !is_zero(past_end) {
+        } else if self.stats.source_is_ours.load(Ordering::Relaxed) && !is_zero(past_end) {
             "has data past the end"
         } else {
             return Ok(());
@@ -348,6 +403,7 @@ impl Destination {
             Record::Block(BlockChunk::Data { sector, device }) => self.data(device, *sector),
             Record::Block(BlockChunk::Zero { sector, device }) => self.zero(device, *sector),
             Record::Block(BlockChunk::Progress { percent }) => {
+                self.first_pass_percent = std::mem::replace(&mut self.last_percent, *percent);
                 self.stats
                     .percent
                     .store(u64::from(*percent), Ordering::Relaxed);
@@ -359,7 +415,51 @@ impl Destination {
     }
 
     fn check_complete(&self) -> Result<(), DestinationError> {
-        self.disks.iter().try_for_each(Disk::check_complete)
+        for disk in &self.disks {
+            let Some(Missing {
+                count,
+                total,
+                offset,
+            }) = disk.missing()
+            else {
+                continue;
+            };
+            let name = disk.name.clone();
+            return Err(match self.coverage {
+                Coverage::Whole => DestinationError::Incomplete {
+                    name,
+                    missing: count,
+                    total,
+                    offset,
+                },
+                Coverage::Incremental => DestinationError::NotBelow {
+                    name,
+                    count,
+                    offset,
+                },
+            });
+        }
+        match self.coverage {
+            Coverage::Whole => Ok(()),
+            Coverage::Incremental => self.check_first_pass(),
+        }
+    }
+
+    /// A QEMU may end its migration while its first pass runs, and here nobody can count what is
+    /// missing. It says how far its cursor is, up to the start of each disk's last block, and at the
+    /// very end 100 %. Ours cannot end too early, and need not say how far it is.
+    fn check_first_pass(&self) -> Result<(), DestinationError> {
+        let ours = self.stats.source_is_ours.load(Ordering::Relaxed);
+        let lengths = || self.disks.iter().map(|disk| disk.limits.length);
+        let total: u128 = lengths().map(u128::from).sum();
+        let last_blocks: u128 = lengths()
+            .map(|length| u128::from(length.min(CHUNK_BYTES)))
+            .sum();
+        let percent = self.first_pass_percent;
+        if ours || u128::from(percent) >= (total - last_blocks) * 100 / total.max(1) {
+            return Ok(());
+        }
+        Err(DestinationError::EndedEarly { percent })
     }
 }
 
@@ -434,7 +534,31 @@ impl Disk {
         }
     }
 
-    fn check_complete(&self) -> Result<(), DestinationError> {
+    /// Let everything count as arrived that shows through from below.
+    fn await_own(&mut self, device: &dyn BlockDevice) {
+        let length = self.limits.length;
+        let mut below = 0..0;
+        while below.end < length {
+            let offset = below.end;
+            // A query that fails counts as its own: it must arrive.
+            let (run, is_own) = match device.allocation(offset, length - offset) {
+                Ok(allocation) => (allocation.length.max(1), allocation.is_own),
+                Err(_) => (1, true),
+            };
+            let end = offset.saturating_add(run).min(length);
+            below.end = end;
+            if is_own {
+                self.mark_arrived(below.start..offset);
+                // The rest of the last chunk need not be looked at any more.
+                let next = end.next_multiple_of(CHUNK_BYTES).min(length);
+                below = next..next;
+            }
+        }
+        self.mark_arrived(below);
+    }
+
+    /// What has not arrived.
+    fn missing(&self) -> Option<Missing> {
         let total = Chunk::count(self.limits.length);
         let arrived: u64 = self
             .arrived
@@ -442,7 +566,7 @@ impl Disk {
             .map(|word| u64::from(word.count_ones()))
             .sum();
         if arrived >= total {
-            return Ok(());
+            return None;
         }
         let is_missing = |chunk: &u64| {
             let word = usize::try_from(chunk / 64)
@@ -451,13 +575,20 @@ impl Disk {
             word.is_none_or(|word| word & 1 << (chunk % 64) == 0)
         };
         let first = (0..total).find(is_missing).unwrap_or(0);
-        Err(DestinationError::Incomplete {
-            name: self.name.clone(),
-            missing: total - arrived,
+        Some(Missing {
+            count: total - arrived,
             total,
             offset: Chunk(first).start_bytes(),
         })
     }
+}
+
+/// Blocks that never came.
+struct Missing {
+    count: u64,
+    total: u64,
+    /// Where the first one starts.
+    offset: u64,
 }
 
 #[cfg(test)]

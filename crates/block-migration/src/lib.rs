@@ -14,7 +14,7 @@ mod source;
 mod testing;
 
 pub use apply::{ApplyError, Syncer};
-pub use destination::{Destination, DestinationError, DestinationStats};
+pub use destination::{Coverage, Destination, DestinationError, DestinationStats};
 pub use reads::{Finished, Reads, ThreadReads};
 pub use schedule::{
     BulkOver, Content, DirtyView, DiskIndex, Frame, Left, QUERY_CHUNKS, READS_MAX, RunKind,

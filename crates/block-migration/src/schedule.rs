@@ -6,7 +6,7 @@
 //! ```
 //!
 //! Every disk is walked once by its bulk cursor, disk after disk. Holes become runs of zero chunks
-//! without being read. When every cursor has reached its end, dirty chunks are read, from the
+//! without being read; what a shared base holds is passed over, zeroes included. When every cursor has reached its end, dirty chunks are read, from the
 //! first disk that has one. Frames leave in the order in which their reads were asked for, so a
 //! chunk's older content can never follow a newer one; and a chunk is not read again before its
 //! frame has left.
@@ -64,6 +64,8 @@ pub enum RunKind {
     Data,
     /// Reads as zeroes.
     Zero,
+    /// Shows through from below, where the destination has the same: not sent.
+    Below,
 }
 
 /// Content of a chunk on its way to the wire.
@@ -103,10 +105,10 @@ pub trait DirtyView {
 pub enum Left {
     /// The bulk phase runs.
     Bulk {
-        /// Chunks not yet sent, holes included.
+        /// Chunks neither sent nor passed over, holes included.
         chunks: u64,
     },
-    /// Every chunk was sent, or is queued, once.
+    /// Every chunk was sent, is queued, or was passed over, once.
     Dirty {
         /// Chunks that still must go.
         chunks: u64,
@@ -320,7 +322,7 @@ impl<B> Schedule<B> {
         }
     }
 
-    /// Chunks that the bulk phase has sent, and how many it has to send.
+    /// Chunks that the bulk phase has sent or passed over, and how many there are.
     #[must_use]
     pub fn bulk_chunks(&self) -> (u64, u64) {
         (self.bulk_sent, self.bulk_total)
@@ -371,6 +373,15 @@ impl<B> Schedule<B> {
                 return bulk.query(self.disks.get(bulk.disk)?.chunks);
             };
             match kind {
+                RunKind::Below => {
+                    self.bulk_sent += run.end - run.start;
+                    bulk.next = run.end;
+                    bulk.known.pop_front();
+                    self.advance_bulk();
+                    if matches!(self.phase, Phase::Dirty(_)) {
+                        return None;
+                    }
+                }
                 RunKind::Zero => {
                     let chunks = run.clone();
                     bulk.next = chunks.end;
@@ -544,38 +555,32 @@ impl Bulk {
     }
 }
 
-/// Turn the extents of a claim into runs of whole chunks: a chunk of which any byte is data is data.
+/// Turn the extents of a claim into runs of whole chunks: a chunk of several kinds is data.
 ///
-/// `extents` are (length in bytes, is it zero?) from the first byte of `chunks` on. The answer ends
-/// with the last chunk that the extents cover whole, or with the last chunk of the disk.
+/// `extents` are (length in bytes, kind) from the first byte of `chunks` on. The answer ends with
+/// the last chunk that the extents cover whole, or with the last chunk of the disk.
 pub fn chunk_runs(
     chunks: Range<u64>,
     disk_bytes: u64,
-    extents: impl IntoIterator<Item = (u64, bool)>,
+    extents: impl IntoIterator<Item = (u64, RunKind)>,
 ) -> Vec<(Range<u64>, RunKind)> {
     let mut runs: Vec<(Range<u64>, RunKind)> = Vec::new();
     let mut position = Chunk(chunks.start).start_bytes();
     let mut chunk = chunks.start;
-    let mut chunk_is_zero = true;
-    for (length, is_zero) in extents {
+    let mut so_far = None;
+    for (length, kind) in extents {
         let end = position.saturating_add(length).min(disk_bytes);
         while chunk < chunks.end {
             let chunk_end = (chunk + 1).saturating_mul(CHUNK_BYTES).min(disk_bytes);
-            chunk_is_zero &= is_zero;
+            let mixed = so_far.is_some_and(|so_far| so_far != kind);
+            let chunk_kind = if mixed { RunKind::Data } else { kind };
             if end < chunk_end {
+                so_far = Some(chunk_kind);
                 break;
             }
-            push_run(
-                &mut runs,
-                chunk,
-                if chunk_is_zero {
-                    RunKind::Zero
-                } else {
-                    RunKind::Data
-                },
-            );
+            push_run(&mut runs, chunk, chunk_kind);
             chunk += 1;
-            chunk_is_zero = true;
+            so_far = None;
             if end == chunk_end {
                 break;
             }

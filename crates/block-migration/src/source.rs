@@ -1,5 +1,6 @@
 //! The sending owner of the `block` section.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
@@ -26,6 +27,9 @@ const PART_BYTES_MAX: u64 = 16 << 20;
 /// faster than they are sent.
 const PART_FRAMES_MAX: u32 = 4096;
 
+/// A PART is also ended after this many allocation queries: what lies below makes no frames.
+const PART_QUERIES_MAX: u32 = 64;
+
 /// Extents that one allocation query looks at; a fragmented disk is asked again.
 const EXTENTS_MAX: usize = 512;
 
@@ -37,6 +41,9 @@ const PATIENCE: Duration = Duration::from_millis(20);
 pub struct SourceOptions {
     /// Send chunks that are all zero as zero blocks (QEMU's capability `zero-blocks`).
     pub zero_blocks: bool,
+    /// Send only chunks of which any part is allocated in the disks' top layers, for a destination
+    /// whose disks lie over the same bases (QEMU's `block-incremental`).
+    pub incremental: bool,
     /// Memory for chunks in bytes.
     pub buffer_budget_bytes: usize,
 }
@@ -45,6 +52,7 @@ impl Default for SourceOptions {
     fn default() -> Self {
         Self {
             zero_blocks: true,
+            incremental: false,
             buffer_budget_bytes: BUFFER_BUDGET_BYTES,
         }
     }
@@ -86,8 +94,10 @@ pub enum SourceError {
 pub struct SourceStats {
     /// Sum of the disks' lengths in bytes.
     pub total_bytes: AtomicU64,
-    /// Bytes of disk that the bulk phase has sent, holes included.
+    /// Bytes of disk that the bulk phase has sent or passed over, holes included.
     pub bulk_bytes: AtomicU64,
+    /// Bytes of disk that lie below the top layers, which the bulk phase has passed over.
+    pub below_bytes: AtomicU64,
     /// Bytes of disk sent, every time a chunk was sent.
     pub sent_bytes: AtomicU64,
     /// Bytes of disk sent as zero blocks.
@@ -168,13 +178,19 @@ impl<R: Reads> Source<R> {
 
     /// Start whatever the schedule asks for, up to the first read that was done on the spot: its
     /// frame leaves while it is warm.
-    fn start_work(&mut self) -> Result<(), SourceError> {
+    fn start_work(&mut self, queries_left: &mut u32) -> Result<(), SourceError> {
         while let Some(work) = self.schedule.next_work(&Dirty(&self.disks)) {
             match work {
                 Work::Query { disk, chunks } => {
-                    let claim = self.disks[disk.0].claimer.claim(chunks);
-                    let runs = query(claim, self.disks[disk.0].bytes);
+                    let disk = &self.disks[disk.0];
+                    let claim = disk.claimer.claim(chunks);
+                    let runs = query(claim, disk.bytes, self.options.incremental);
+                    self.stats.pass_over(&runs, disk.bytes);
                     self.schedule.queried(runs);
+                    *queries_left = queries_left.saturating_sub(1);
+                    if *queries_left == 0 {
+                        return Ok(());
+                    }
                 }
                 Work::Read {
                     disk,
@@ -314,10 +330,10 @@ impl<R: Reads> SaveHandler for Source<R> {
         // Under a rate limit no more than this time slice allows, so that commands are heard.
         let part_bytes = PART_BYTES_MAX.min(sink.allowance().max(1));
         let is_full = |sent, frames| sent >= part_bytes || frames >= PART_FRAMES_MAX;
-        let (mut sent, mut frames) = (0, 0);
+        let (mut sent, mut frames, mut queries_left) = (0, 0, PART_QUERIES_MAX);
         let progress = loop {
             self.collect(Duration::ZERO)?;
-            self.start_work()?;
+            self.start_work(&mut queries_left)?;
             while let Some(frame) = self.schedule.next_frame() {
                 sent += self.send(&frame, sink)?;
                 frames += 1;
@@ -325,7 +341,7 @@ impl<R: Reads> SaveHandler for Source<R> {
                     break;
                 }
             }
-            if is_full(sent, frames) {
+            if is_full(sent, frames) || queries_left == 0 {
                 break Progress::Unfinished;
             }
             if self.schedule.is_idle(&Dirty(&self.disks)) {
@@ -378,7 +394,8 @@ impl<R: Reads> SaveHandler for Source<R> {
             } else {
                 Duration::ZERO
             })?;
-            self.start_work()?;
+            // The bulk phase is over: nothing is queried.
+            self.start_work(&mut 0)?;
             while let Some(frame) = self.schedule.next_frame() {
                 self.send(&frame, sink)?;
             }
@@ -441,18 +458,28 @@ impl Disk {
     }
 }
 
-/// Ask what of the claim is allocated. A query that fails counts as allocated: the read will tell.
-fn query(mut claim: Claim, disk_bytes: u64) -> Vec<(std::ops::Range<u64>, RunKind)> {
+impl SourceStats {
+    /// Count what of these runs is not sent.
+    fn pass_over(&self, runs: &[(Range<u64>, RunKind)], disk_bytes: u64) {
+        let below = runs.iter().filter(|(_, kind)| *kind == RunKind::Below);
+        let bytes = |chunk: u64| Chunk(chunk).start_bytes().min(disk_bytes);
+        let bytes: u64 = below
+            .map(|(run, _)| bytes(run.end) - bytes(run.start))
+            .sum();
+        self.below_bytes.fetch_add(bytes, Ordering::Relaxed);
+        self.bulk_bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+}
+
+/// Ask what of the claim is allocated, and in the top layer if that matters.
+fn query(mut claim: Claim, disk_bytes: u64, incremental: bool) -> Vec<(Range<u64>, RunKind)> {
     let chunks = claim.chunks();
     let bytes = claim.bytes();
     let mut offset = bytes.start;
     let mut extents = Vec::new();
     while offset < bytes.end && extents.len() < EXTENTS_MAX {
-        let (length, is_zero) = match claim.extent(offset) {
-            Ok(extent) => (extent.length.max(1), extent.kind != ExtentKind::Data),
-            Err(_) => (bytes.end - offset, false),
-        };
-        extents.push((length, is_zero));
+        let (length, kind) = look_at(&claim, offset, incremental);
+        extents.push((length, kind));
         offset = offset.saturating_add(length);
     }
     let mut runs = chunk_runs(chunks.clone(), disk_bytes, extents);
@@ -464,4 +491,20 @@ fn query(mut claim: Claim, disk_bytes: u64) -> Vec<(std::ops::Range<u64>, RunKin
     let _looked_at = claim.split_front(covered);
     claim.put_back();
     runs
+}
+
+/// The run of bytes at `offset`. A query that fails counts as allocated: the read will tell.
+fn look_at(claim: &Claim, offset: u64, incremental: bool) -> (u64, RunKind) {
+    let mut left = claim.bytes().end - offset;
+    if incremental && let Ok(allocation) = claim.allocation(offset) {
+        if !allocation.is_own {
+            return (allocation.length, RunKind::Below);
+        }
+        left = allocation.length;
+    }
+    match claim.extent(offset) {
+        Ok(extent) if extent.kind == ExtentKind::Data => (extent.length.min(left), RunKind::Data),
+        Ok(extent) => (extent.length.min(left), RunKind::Zero),
+        Err(_) => (left, RunKind::Data),
+    }
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use vmferry_channel::{Listener, Uri};
 use vmferry_disk::Node;
-use vmferry_migration::{RecordFile, Start};
+use vmferry_migration::{Coverage, RecordFile, Start};
 use vmferry_qmp::types::{VersionInfo, VersionTriple};
 use vmferry_relay::announce::Announcer;
 
@@ -22,6 +22,8 @@ pub struct Config {
     pub qmp: Vec<Listener>,
     /// Where a migration comes, if one is expected.
     pub incoming: Option<Incoming>,
+    /// What it must bring. QMP's `block-incremental` makes it [`Coverage::Incremental`], too.
+    pub coverage: Coverage,
     /// NICs of guests, which `announce-self` and the arrival of a migration announce.
     pub nics: Vec<Box<dyn Announcer>>,
 }

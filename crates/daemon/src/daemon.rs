@@ -88,6 +88,7 @@ impl Daemon {
         let hub = Hub::new(
             config.name,
             Arc::clone(&disks),
+            config.coverage,
             announcer,
             Announcements::start(config.nics)?,
             Arc::new(Ending::new()?),

@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use vmferry_channel::Stop;
 use vmferry_disk::{Hold, Lease};
-use vmferry_migration::{Capabilities, Committed, Parameters, Residence, SourceDisk, Start};
+use vmferry_migration::{
+    Capabilities, Committed, Coverage, Parameters, Residence, SourceDisk, Start,
+};
 use vmferry_qmp::types::ShutdownCause;
 use vmferry_relay::announce::{self, Announcements};
 
@@ -21,6 +23,8 @@ use crate::outgoing::Outgoing;
 pub(crate) struct Hub {
     pub(crate) name: Option<String>,
     pub(crate) disks: Arc<[Disk]>,
+    /// What an incoming migration must bring at least.
+    pub(crate) coverage: Coverage,
     pub(crate) announcer: Announcer,
     pub(crate) announcements: Announcements,
     pub(crate) ending: Arc<Ending>,
@@ -89,6 +93,7 @@ impl Hub {
     pub(crate) fn new(
         name: Option<String>,
         disks: Arc<[Disk]>,
+        coverage: Coverage,
         announcer: Announcer,
         announcements: Announcements,
         ending: Arc<Ending>,
@@ -96,6 +101,7 @@ impl Hub {
         Self {
             name,
             disks,
+            coverage,
             announcer,
             announcements,
             ending,

@@ -12,7 +12,7 @@ use std::thread::JoinHandle;
 
 use vmferry_channel::{Channel, ChannelError, Listener, Stop, Uri, open_incoming};
 use vmferry_migration::{
-    DestinationDisk, DestinationJob, Published, Start, State as MigrationState, receive,
+    Coverage, DestinationDisk, DestinationJob, Published, Start, State as MigrationState, receive,
 };
 
 use crate::announcer::Course;
@@ -178,8 +178,13 @@ impl Hub {
             node: Arc::clone(&disk.node),
             record: disk.record.clone(),
         });
+        let coverage = match self.state().capabilities.incremental {
+            true => Coverage::Incremental,
+            false => self.coverage,
+        };
         let job = DestinationJob {
             disks: disks.collect(),
+            coverage,
             rest: None,
             any_machine: false,
             keep_records: true,

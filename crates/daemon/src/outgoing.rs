@@ -101,6 +101,7 @@ impl Hub {
             parameters: state.parameters,
             capabilities: Capabilities {
                 return_path: !one_way,
+                incremental: arguments.inc.unwrap_or(state.capabilities.incremental),
                 ..state.capabilities
             },
             stop,
@@ -231,6 +232,10 @@ impl Hub {
             parameters.downtime_limit = limit;
         }
         state.announce = announce::changed(state.announce, new)?;
+        if let Some(incremental) = new.block_incremental {
+            // For the next migration: the one that runs has begun.
+            state.capabilities.incremental = incremental;
+        }
         state.parameters = parameters;
         if let Some(running) = state.outgoing.as_ref().and_then(|it| it.running.as_ref()) {
             running.set(parameters);
@@ -248,6 +253,7 @@ impl Hub {
         MigrationParameters {
             max_bandwidth: Some(max_bandwidth.unwrap_or(0)),
             downtime_limit: Some(milliseconds(downtime_limit)),
+            block_incremental: Some(state.capabilities.incremental),
             announce_initial: Some(state.announce.initial_ms()),
             announce_max: Some(state.announce.max_ms()),
             announce_rounds: Some(state.announce.rounds()),
@@ -270,9 +276,19 @@ impl Hub {
                 "There's a migration process in progress".to_owned(),
             ));
         }
+        let off = |change: &MigrationCapabilityStatus| {
+            change.capability == MigrationCapability::Block && !change.state
+        };
+        if changes.iter().any(off) {
+            return Err(DaemonError::Argument(
+                "'block' cannot be off: this daemon has nothing but disks to migrate".to_owned(),
+            ));
+        }
         for change in changes {
             let capabilities = &mut state.capabilities;
             match change.capability {
+                // It is on.
+                MigrationCapability::Block => {}
                 MigrationCapability::ZeroBlocks => capabilities.zero_blocks = change.state,
                 MigrationCapability::ReturnPath => capabilities.return_path = change.state,
                 MigrationCapability::PauseBeforeSwitchover => {
@@ -290,10 +306,12 @@ impl Hub {
             zero_blocks,
             return_path,
             pause_before_switchover,
+            incremental: _,
         } = self.state().capabilities;
         let one = |capability: &MigrationCapability| MigrationCapabilityStatus {
             capability: *capability,
             state: match capability {
+                MigrationCapability::Block => true,
                 MigrationCapability::ZeroBlocks => zero_blocks,
                 MigrationCapability::ReturnPath => return_path,
                 MigrationCapability::PauseBeforeSwitchover => pause_before_switchover,

@@ -18,8 +18,8 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use vmferry_block_migration::{
-    ApplyError, Destination, DestinationError, DestinationStats, SECTION_NAME, SECTION_VERSION,
-    Syncer,
+    ApplyError, Coverage, Destination, DestinationError, DestinationStats, SECTION_NAME,
+    SECTION_VERSION, Syncer,
 };
 use vmferry_channel::{Channel, ChannelError, Reader, Writer};
 use vmferry_disk::{InUse, Lease, Node};
@@ -30,12 +30,15 @@ use vmferry_savevm::{
 use vmferry_stream::return_path::ReturnMessage;
 use vmferry_stream::{Command, Ending, Record as StreamRecord};
 
-use crate::engine::{HELLO, HELLO_ANSWER};
+use crate::engine::{HELLO, HELLO_ANSWER, INCREMENTAL};
 use crate::record::{RecordError, RecordFile, Residence};
 use crate::status::{Published, State};
 
 /// Why a postcopy is refused.
 const NO_POSTCOPY: &str = "postcopy cannot be received; turn postcopy-ram off at the source";
+/// Why an incremental migration is refused.
+const NOT_INCREMENTAL: &str = "it sends only what lies in its disks' top layers, and this side was \
+    not told (vmferry's --incremental) that its disks lie over the same bases";
 /// How long a source may take to send header and configuration.
 const GREETING_PATIENCE: Duration = Duration::from_secs(10);
 /// How long to wait for a description after EOF, where the source keeps the channel open.
@@ -71,6 +74,8 @@ pub trait Rest {
 pub struct DestinationJob<'a> {
     /// The disks to fill.
     pub disks: Vec<DestinationDisk>,
+    /// Does every block come, or only what the source has allocated in its top layers?
+    pub coverage: Coverage,
     /// Takes the rest of the stream. Without it, a stream that has more than disks is refused.
     pub rest: Option<&'a mut dyn Rest>,
     /// Is a stream of any machine welcome, or only one without a machine?
@@ -242,6 +247,7 @@ struct Loading<'a> {
     leases: Vec<(Lease, Option<RecordFile>)>,
     syncer: Syncer,
     stats: Arc<DestinationStats>,
+    coverage: Coverage,
     rest: Option<&'a mut dyn Rest>,
     keep_records: bool,
     /// Tells the records of this attempt from those of others.
@@ -272,7 +278,7 @@ impl<'a> Loading<'a> {
             })
             .collect::<Result<Vec<_>, _>>()?;
         let fillers = leases.iter().map(|(lease, _)| lease.filler()).collect();
-        let destination = Destination::new(fillers)?;
+        let destination = Destination::new(fillers, job.coverage)?;
         let (syncer, stats) = (destination.syncer(), destination.stats());
         let mut registry = Registry::new();
         // The registry is empty, so the name is free.
@@ -302,6 +308,7 @@ impl<'a> Loading<'a> {
             leases,
             syncer,
             stats,
+            coverage: job.coverage,
             rest: job.rest,
             keep_records: job.keep_records,
             attempt: RandomState::new().build_hasher().finish(),
@@ -414,9 +421,9 @@ impl<'a> Loading<'a> {
         answers: &mut Answers,
     ) -> Result<(), DestinationFailure> {
         if let StreamRecord::Configuration(configuration) = record {
-            // Only ours has no machine; it pads the end of a disk with zeroes.
+            // Only ours has no machine.
             let ours = configuration.machine.is_empty();
-            self.stats.zero_padded.store(ours, Ordering::Relaxed);
+            self.stats.source_is_ours.store(ours, Ordering::Relaxed);
             if configuration.has_capability("mapped-ram") {
                 let offset = self.machine.offset();
                 return Err(DestinationFailure::MappedRam { offset });
@@ -496,6 +503,9 @@ impl<'a> Loading<'a> {
                 Ok(false)
             }
             Command::Ping(_) if !answers.open => Err(refuse("no return path was opened")),
+            Command::Ping(INCREMENTAL) if self.coverage == Coverage::Whole => {
+                Err(refuse(NOT_INCREMENTAL))
+            }
             Command::Ping(value) => {
                 self.syncer.sync()?;
                 answers.send(&ReturnMessage::Pong(*value))?;

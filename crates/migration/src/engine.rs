@@ -43,6 +43,10 @@ pub(crate) const HELLO: u32 = 0x7646_7201;
 /// See [`HELLO`]. Whoever says it has synced the disks before it says SHUT 0.
 pub(crate) const HELLO_ANSWER: u32 = 0x7646_7202;
 
+/// Says to one of ours, which would count what it gets, that only top layers are coming. A QEMU,
+/// which does not count, only echoes it.
+pub(crate) const INCREMENTAL: u32 = 0x7646_7203;
+
 /// The disks, as they are while nothing is decided.
 pub(crate) type Leases = Vec<(Lease, Option<RecordFile>)>;
 
@@ -131,6 +135,7 @@ impl Engine {
         let claimers = leases.iter().map(|(lease, _)| lease.claimer()).collect();
         let options = SourceOptions {
             zero_blocks: self.capabilities.zero_blocks,
+            incremental: self.capabilities.incremental,
             ..SourceOptions::default()
         };
         let source = Source::new(claimers, ThreadReads::new(), options)?;
@@ -202,10 +207,13 @@ impl Engine {
         sink: &mut ChannelSink,
         two_way: bool,
     ) -> Result<AtBarrier, SourceFailure> {
-        let commands = match two_way {
+        let mut commands = match two_way {
             true => vec![StreamCommand::OpenReturnPath, StreamCommand::Ping(HELLO)],
             false => Vec::new(),
         };
+        if two_way && self.capabilities.incremental {
+            commands.push(StreamCommand::Ping(INCREMENTAL));
+        }
         let iterating = begin(
             &Opening {
                 describe: Describe::Empty,

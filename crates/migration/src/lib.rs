@@ -25,3 +25,4 @@ pub use record::{Record, RecordError, RecordFile, Residence};
 pub use residence::{Standing, Start, StartError, start};
 pub use source::{RequestError, RunningSource, SourceFailure, SourceJob, Target};
 pub use status::{Published, State, Status};
+pub use vmferry_block_migration::Coverage;

@@ -29,6 +29,9 @@ pub const DOWNTIME_LIMIT_MAX: Duration = Duration::from_secs(2000);
 pub struct Capabilities {
     /// Send all-zero blocks as such. On by default, unlike QEMU's.
     pub zero_blocks: bool,
+    /// Send only what is allocated in the disks' top layers; the destination's disks lie over the
+    /// same bases. Off by default.
+    pub incremental: bool,
     /// Expect an answer. Without it nobody tells whether the disks arrived.
     pub return_path: bool,
     /// Stop in `pre-switchover`, with the guest held, until told to go on.
@@ -39,6 +42,7 @@ impl Default for Capabilities {
     fn default() -> Self {
         Self {
             zero_blocks: true,
+            incremental: false,
             return_path: true,
             pause_before_switchover: false,
         }

@@ -9,8 +9,8 @@ use vmferry_channel::{Channel, Stop};
 use vmferry_disk::simulated::{MemoryDisk, Operation};
 use vmferry_disk::{Hold, Node};
 use vmferry_migration::{
-    Arrived, Capabilities, DestinationDisk, DestinationFailure, DestinationJob, Parameters,
-    Published, RunningSource, SourceDisk, SourceJob, State, Status, Target, receive,
+    Arrived, Capabilities, Coverage, DestinationDisk, DestinationFailure, DestinationJob,
+    Parameters, Published, RunningSource, SourceDisk, SourceJob, State, Status, Target, receive,
 };
 
 /// Long enough for the slowest machine; a hang fails.
@@ -78,6 +78,7 @@ fn migrate(sources: &[&End], targets: &[&End]) -> (Status, Result<Arrived, Desti
     let destination = thread::spawn(move || {
         let job = DestinationJob {
             disks,
+            coverage: Coverage::Whole,
             rest: None,
             any_machine: false,
             keep_records: false,

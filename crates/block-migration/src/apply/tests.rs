@@ -8,10 +8,10 @@ const KIB: u64 = 1 << 10;
 const MIB: u64 = CHUNK_BYTES;
 
 /// A block with data in these ranges of KiB.
-fn block(data: &[Range<u64>]) -> Vec<u8> {
+fn block(data: &[(u64, u64)]) -> Vec<u8> {
     let mut block = vec![0; MIB as usize];
-    for range in data {
-        block[(range.start * KIB) as usize..(range.end * KIB) as usize].fill(7);
+    for (start, end) in data {
+        block[(start * KIB) as usize..(end * KIB) as usize].fill(7);
     }
     block
 }
@@ -45,7 +45,7 @@ fn operations(cluster_bytes: Option<u32>, offset: u64, data: &[u8]) -> Vec<(Kind
 
 #[test]
 fn zero_clusters_are_zeroed_and_neighbours_go_together() {
-    let data = block(&[64..65, 128..300, 1023..1024]);
+    let data = block(&[(64, 65), (128, 300), (1023, 1024)]);
     assert_eq!(
         operations(Some(64 << 10), MIB, &data),
         [
@@ -65,7 +65,7 @@ fn a_block_of_one_kind_is_one_operation() {
             [(Kind::WriteZeroes, 0, 1024)]
         );
         assert_eq!(
-            operations(cluster_bytes, 0, &block(&[0..1024])),
+            operations(cluster_bytes, 0, &block(&[(0, 1024)])),
             [(Kind::Write, 0, 1024)]
         );
     }
@@ -75,7 +75,7 @@ fn a_block_of_one_kind_is_one_operation() {
 fn without_clusters_that_a_block_is_made_of_it_is_written_whole() {
     for cluster_bytes in [None, Some(0), Some(1 << 20), Some(2 << 20), Some(3 << 16)] {
         assert_eq!(
-            operations(cluster_bytes, 2 * MIB, &block(&[500..501])),
+            operations(cluster_bytes, 2 * MIB, &block(&[(500, 501)])),
             [(Kind::Write, 2048, 1024)],
             "{cluster_bytes:?}"
         );
@@ -85,7 +85,7 @@ fn without_clusters_that_a_block_is_made_of_it_is_written_whole() {
 /// The last block of an odd disk begins anywhere.
 #[test]
 fn clusters_are_those_of_the_disk_not_of_the_block() {
-    let data = block(&[60..61, 1020..1024]);
+    let data = block(&[(60, 61), (1020, 1024)]);
     assert_eq!(
         operations(Some(64 << 10), MIB + 8 * KIB, &data),
         [

@@ -1,5 +1,7 @@
 use vmferry_disk::simulated::{Logged, MemoryDisk, Operation as Kind};
-use vmferry_disk::{Hold, Lease, Node};
+use vmferry_disk::{
+    Allocation, Cached, DiskError, Extent, Hold, Lease, Limits as DiskLimits, Node, Unmap,
+};
 use vmferry_stream::{Name, RamRecord};
 
 use super::*;
@@ -14,24 +16,28 @@ struct Target {
 }
 
 fn target(lengths: &[u64]) -> Target {
+    incremental_target(lengths, Coverage::Whole, |disk| Box::new(disk))
+}
+
+fn incremental_target(
+    lengths: &[u64],
+    coverage: Coverage,
+    device: impl Fn(MemoryDisk) -> Box<dyn BlockDevice>,
+) -> Target {
     let memories: Vec<MemoryDisk> = lengths
         .iter()
         .map(|length| MemoryDisk::new(*length))
         .collect();
     let lease = |(index, memory): (usize, &MemoryDisk)| {
         memory.fill(0, &vec![0x55; memory.snapshot().len()]);
-        let node = Node::new(
-            format!("disk{index}"),
-            Box::new(memory.clone()),
-            Hold::Writes,
-        );
+        let node = Node::new(format!("disk{index}"), device(memory.clone()), Hold::Writes);
         node.lease("a test").expect("free")
     };
     let leases: Vec<Lease> = memories.iter().enumerate().map(lease).collect();
     let fillers = leases.iter().map(Lease::filler).collect();
     Target {
         memories,
-        destination: Destination::without_thread(fillers).expect("good disks"),
+        destination: Destination::without_thread(fillers, coverage).expect("good disks"),
         _leases: leases,
     }
 }
@@ -280,7 +286,8 @@ fn a_thread_that_has_failed_takes_everything_and_writes_nothing() {
     memory.fail_from(Kind::Write, 1, 5);
     let node = Node::new("disk0", Box::new(memory.clone()), Hold::Writes);
     let lease = node.lease("a test").expect("free");
-    let mut destination = Destination::new(vec![lease.filler()]).expect("a good disk");
+    let mut destination =
+        Destination::new(vec![lease.filler()], Coverage::Whole).expect("a good disk");
     let syncer = destination.syncer();
     let mut failure = None;
     for chunk in 0..100 {
@@ -326,7 +333,7 @@ fn a_disk_that_is_shorter_than_the_source_s_is_not_cut_silently() {
     for ours in [false, true] {
         let mut target = target(&[MIB + MIB / 2]);
         let stats = target.destination.stats();
-        stats.zero_padded.store(ours, Ordering::Relaxed);
+        stats.source_is_ours.store(ours, Ordering::Relaxed);
         let error = data_error(&mut target, MIB, 1);
         // What a QEMU pads with is anything, so only our own padding tells.
         assert_eq!(error.is_some(), ours, "{error:?}");
@@ -351,5 +358,149 @@ fn the_last_block_of_an_odd_disk_tells_its_length() {
     for other in [odd - 512, odd + 512, 3 * MIB] {
         let error = data_error(&mut target(&[other]), 1536, 1).expect("another length");
         assert!(error.contains("is the last one of its disk"), "{error}");
+    }
+}
+
+/// A disk of which only these ranges are its own. Its allocation is told in pieces of 32 KiB at most,
+/// and not at all from some bytes on.
+struct Overlay {
+    disk: MemoryDisk,
+    own: Vec<Range<u64>>,
+    fails_from: u64,
+}
+
+impl BlockDevice for Overlay {
+    fn limits(&self) -> DiskLimits {
+        self.disk.limits()
+    }
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<(), DiskError> {
+        self.disk.read_at(buf, offset)
+    }
+    fn read_cached_at(&self, buf: &mut [u8], offset: u64) -> Result<Cached, DiskError> {
+        self.disk.read_cached_at(buf, offset)
+    }
+    fn write_at(&self, buf: &[u8], offset: u64) -> Result<(), DiskError> {
+        self.disk.write_at(buf, offset)
+    }
+    fn write_zeroes(&self, at: u64, length: u64, how: Unmap, fast: bool) -> Result<(), DiskError> {
+        self.disk.write_zeroes(at, length, how, fast)
+    }
+    fn discard(&self, offset: u64, length: u64) -> Result<(), DiskError> {
+        self.disk.discard(offset, length)
+    }
+    fn status(&self, offset: u64, length: u64) -> Result<Extent, DiskError> {
+        self.disk.status(offset, length)
+    }
+    fn allocation(&self, offset: u64, length: u64) -> Result<Allocation, DiskError> {
+        if offset >= self.fails_from {
+            let source = std::io::Error::from_raw_os_error(5);
+            let operation = "allocation";
+            return Err(DiskError {
+                operation,
+                offset,
+                length,
+                source,
+            });
+        }
+        let is_own = |byte: u64| self.own.iter().any(|range| range.contains(&byte));
+        let ends = self.own.iter().flat_map(|range| [range.start, range.end]);
+        let end = ends.filter(|end| *end > offset).min().unwrap_or(u64::MAX);
+        let length = (end - offset).min(length).min(32 << 10);
+        let is_own = is_own(offset);
+        Ok(Allocation { length, is_own })
+    }
+    fn start_writeback(&self, offset: u64, length: u64) -> Result<(), DiskError> {
+        self.disk.start_writeback(offset, length)
+    }
+    fn flush(&self) -> Result<(), DiskError> {
+        self.disk.flush()
+    }
+}
+
+fn overlay(length: u64, own: &[(u64, u64)], fails_from: u64) -> Target {
+    let own: Vec<_> = own.iter().map(|(start, end)| *start..*end).collect();
+    let target = incremental_target(&[length], Coverage::Incremental, |disk| {
+        let own = own.clone();
+        Box::new(Overlay {
+            disk,
+            own,
+            fails_from,
+        })
+    });
+    let stats = target.destination.stats();
+    stats.source_is_ours.store(true, Ordering::Relaxed);
+    target
+}
+
+#[test]
+fn only_what_is_the_disk_s_own_must_come_incrementally() {
+    let length = 70 * MIB + 1536;
+    // Nothing is: a fresh overlay.
+    let mut target = overlay(length, &[], u64::MAX);
+    target.destination.end().expect("the base has everything");
+    // A bit in the middle of one block, the end of another and the start of the next, the last.
+    let own = [
+        (3 * MIB + 512, 3 * MIB + 1024),
+        (66 * MIB - 512, 66 * MIB + 512),
+        (length - 512, length),
+    ];
+    let mut target = overlay(length, &own, u64::MAX);
+    let mut missing = vec![3, 65, 66, 70];
+    while let Some(first) = missing.first().copied() {
+        let error = target.destination.end().expect_err("some are missing");
+        let place = format!(
+            "disk 'disk0': {} blocks never arrived that are not those of its base, first at byte {}",
+            missing.len(),
+            first * MIB
+        );
+        assert!(error.to_string().starts_with(&place), "{error}");
+        target.zero(0, first * MIB);
+        missing.remove(0);
+    }
+    target.destination.end().expect("all that was its own");
+}
+
+#[test]
+fn what_cannot_be_asked_counts_as_the_disk_s_own() {
+    let mut target = overlay(6 * MIB, &[], 4 * MIB + 512);
+    for chunk in [4, 5] {
+        let error = target.destination.end().expect_err("missing").to_string();
+        assert!(error.contains(&format!("byte {}", chunk * MIB)), "{error}");
+        target.zero(0, chunk * MIB);
+    }
+    target.destination.end().expect("whole");
+}
+
+#[test]
+fn a_disk_without_a_base_must_come_whole_incrementally_too() {
+    let mut target = incremental_target(&[2 * MIB], Coverage::Incremental, |disk| Box::new(disk));
+    target.data(0, 0, 1);
+    let error = target.destination.end().expect_err("missing").to_string();
+    assert!(error.contains("1 blocks never arrived"), "{error}");
+}
+
+/// How far a QEMU's cursor was is all that can be known.
+#[test]
+fn a_qemu_that_ends_an_incremental_first_pass_in_the_middle_is_noticed() {
+    let end_after = |percents: &[u8], is_ours| {
+        let mut target = overlay(16 * MIB, &[], u64::MAX);
+        let stats = target.destination.stats();
+        stats.source_is_ours.store(is_ours, Ordering::Relaxed);
+        for percent in percents {
+            target.record(BlockChunk::Progress { percent: *percent });
+        }
+        target.destination.end().map_err(|error| error.to_string())
+    };
+    // Before the very end it may say no more than where the last block starts: 15 of 16 MiB.
+    for good in [[0, 93, 100].as_slice(), &[12, 100, 100]] {
+        assert_eq!(end_after(good, false), Ok(()));
+    }
+    for early in [[0, 92, 100].as_slice(), &[0, 100], &[100], &[]] {
+        let error = end_after(early, false).expect_err("too early");
+        assert!(
+            error.contains("the source has ended its migration at"),
+            "{error}"
+        );
+        assert_eq!(end_after(early, true), Ok(()), "ours cannot");
     }
 }

@@ -61,6 +61,24 @@ fn all_data(_: DiskIndex, _: u64) -> RunKind {
     RunKind::Data
 }
 
+/// Where extents are zero or data.
+fn zero_runs(
+    chunks: Range<u64>,
+    disk_bytes: u64,
+    extents: impl IntoIterator<Item = (u64, bool)>,
+) -> Vec<(Range<u64>, RunKind)> {
+    let kind = |zero| match zero {
+        true => RunKind::Zero,
+        false => RunKind::Data,
+    };
+    let extents = extents.into_iter();
+    chunk_runs(
+        chunks,
+        disk_bytes,
+        extents.map(|(length, zero)| (length, kind(zero))),
+    )
+}
+
 fn drain(schedule: &mut Schedule<u64>) -> Vec<(usize, u64)> {
     std::iter::from_fn(|| schedule.next_frame())
         .map(|frame| (frame.disk.0, frame.chunk.0))
@@ -404,7 +422,7 @@ fn a_chunk_with_any_data_is_data() {
     let data = |range| (range, RunKind::Data);
     let zero = |range| (range, RunKind::Zero);
     let length = 4 * MIB;
-    let runs = |extents: &[(u64, bool)]| chunk_runs(0..4, length, extents.iter().copied());
+    let runs = |extents: &[(u64, bool)]| zero_runs(0..4, length, extents.iter().copied());
     assert_eq!(runs(&[(length, true)]), [zero(0..4)]);
     assert_eq!(runs(&[(length, false)]), [data(0..4)]);
     assert_eq!(
@@ -423,10 +441,10 @@ fn a_chunk_with_any_data_is_data() {
 
 #[test]
 fn runs_end_with_the_last_chunk_that_is_known_whole() {
-    assert_eq!(chunk_runs(0..4, 4 * MIB, []), []);
-    assert_eq!(chunk_runs(0..4, 4 * MIB, [(MIB - 1, true)]), []);
+    assert_eq!(zero_runs(0..4, 4 * MIB, []), []);
+    assert_eq!(zero_runs(0..4, 4 * MIB, [(MIB - 1, true)]), []);
     assert_eq!(
-        chunk_runs(0..4, 4 * MIB, [(2 * MIB + 5, true)]),
+        zero_runs(0..4, 4 * MIB, [(2 * MIB + 5, true)]),
         [(0..2, RunKind::Zero)]
     );
 }
@@ -435,23 +453,23 @@ fn runs_end_with_the_last_chunk_that_is_known_whole() {
 fn runs_of_odd_disks_and_greedy_extents() {
     let length = 2 * MIB + 1536;
     assert_eq!(
-        chunk_runs(0..3, length, [(length, true)]),
+        zero_runs(0..3, length, [(length, true)]),
         [(0..3, RunKind::Zero)]
     );
     assert_eq!(
-        chunk_runs(0..3, length, [(2 * MIB, true), (1536, false)]),
+        zero_runs(0..3, length, [(2 * MIB, true), (1536, false)]),
         [(0..2, RunKind::Zero), (2..3, RunKind::Data)]
     );
     assert_eq!(
-        chunk_runs(0..3, length, [(2 * MIB, true), (1535, true)]),
+        zero_runs(0..3, length, [(2 * MIB, true), (1535, true)]),
         [(0..2, RunKind::Zero)]
     );
     // Past the end of the disk, of the asked range, of all numbers.
     assert_eq!(
-        chunk_runs(1..2, length, [(u64::MAX, true)]),
+        zero_runs(1..2, length, [(u64::MAX, true)]),
         [(1..2, RunKind::Zero)]
     );
-    assert_eq!(chunk_runs(0..1, 1, [(1, false)]), [(0..1, RunKind::Data)]);
+    assert_eq!(zero_runs(0..1, 1, [(1, false)]), [(0..1, RunKind::Data)]);
 }
 
 /// Against a plain table of bytes.
@@ -473,7 +491,7 @@ fn runs_agree_with_looking_at_every_byte() {
             extents.push((extent, rng.bool()));
             position += extent;
         }
-        let runs = chunk_runs(first..chunks, length, extents.iter().copied());
+        let runs = zero_runs(first..chunks, length, extents.iter().copied());
         let known_to = position.min(length);
         let mut expected = Vec::new();
         for chunk in first..chunks {
@@ -505,4 +523,68 @@ fn runs_agree_with_looking_at_every_byte() {
         assert_eq!(flat, expected, "{length} {first} {extents:?}");
         assert!(runs.iter().all(|(run, _)| !run.is_empty()));
     }
+}
+
+#[test]
+fn a_chunk_is_passed_over_only_if_nothing_of_it_is_the_top_layer_s() {
+    use RunKind::{Below, Data, Zero};
+    let length = 4 * MIB + 1536;
+    let runs = |extents: &[(u64, RunKind)]| chunk_runs(0..5, length, extents.iter().copied());
+    assert_eq!(runs(&[(length, Below)]), [(0..5, Below)]);
+    assert_eq!(
+        runs(&[(2 * MIB, Below), (2 * MIB, Zero), (1536, Below)]),
+        [(0..2, Below), (2..4, Zero), (4..5, Below)]
+    );
+    // One sector in the middle, of either kind, and one at the end of the disk.
+    for own in [Zero, Data] {
+        assert_eq!(
+            runs(&[(MIB + 512, Below), (512, own), (3 * MIB + 512, Below)]),
+            [(0..1, Below), (1..2, Data), (2..5, Below)],
+            "{own:?}"
+        );
+        assert_eq!(
+            runs(&[(4 * MIB + 1024, Below), (512, own)]),
+            [(0..4, Below), (4..5, Data)]
+        );
+    }
+}
+
+#[test]
+fn what_lies_below_is_passed_over_and_counts_as_done() {
+    let mut schedule = Schedule::<u64>::new(&[6 * MIB, 3 * MIB], 64);
+    let mut dirty = Sets::clean(2);
+    let kinds = |disk: DiskIndex, chunk| match (disk.0, chunk) {
+        (0, 2) => RunKind::Data,
+        (0, 4) => RunKind::Zero,
+        _ => RunKind::Below,
+    };
+    let (disk, chunk, ticket) = next(&mut schedule, &mut dirty, &kinds).expect("a chunk");
+    assert_eq!((disk.0, chunk.0), (0, 2));
+    assert_eq!(schedule.bulk_chunks(), (2, 9));
+    schedule.read_done(ticket, Content::Data(2));
+    assert!(next(&mut schedule, &mut dirty, &kinds).is_none());
+    assert!(
+        schedule.bulk_over().is_some(),
+        "the second disk has nothing"
+    );
+    assert_eq!(drain(&mut schedule), [(0, 2), (0, 4)]);
+    assert_eq!(schedule.bulk_chunks(), (9, 9));
+    assert!(schedule.is_idle(&dirty));
+    // What is written there later goes like everything else.
+    dirty.mark(1, 1);
+    let (disk, chunk, ticket) = next(&mut schedule, &mut dirty, &kinds).expect("a chunk");
+    assert_eq!((disk.0, chunk.0), (1, 1));
+    schedule.read_done(ticket, Content::Zero);
+    assert_eq!(drain(&mut schedule), [(1, 1)]);
+}
+
+/// Nothing of any disk travels.
+#[test]
+fn a_bulk_phase_without_frames_ends() {
+    let mut schedule = Schedule::<u64>::new(&[2 * QUERY_CHUNKS * MIB, 1], 1);
+    let mut dirty = Sets::clean(2);
+    assert!(next(&mut schedule, &mut dirty, &|_, _| RunKind::Below).is_none());
+    assert!(schedule.bulk_over().is_some());
+    assert!(schedule.is_idle(&dirty));
+    assert_eq!(drain(&mut schedule), []);
 }

@@ -4,7 +4,7 @@ use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use fastrand::Rng;
-use vmferry_block_migration::{Destination, SECTION_NAME, SECTION_VERSION, Syncer};
+use vmferry_block_migration::{Coverage, Destination, SECTION_NAME, SECTION_VERSION, Syncer};
 use vmferry_disk::{Hold, Lease, Node};
 use vmferry_savevm::{LoadMachine, LoadOptions, LoadStep, Owner, Registration, Registry};
 use vmferry_stream::{BLOCK_BYTES, Command, Ending, Record};
@@ -65,7 +65,8 @@ impl Target {
         let lease = |node: &Arc<Node>| node.lease("an incoming migration").expect("free");
         let leases: Vec<Lease> = targets.nodes.iter().map(lease).collect();
         let fillers = leases.iter().map(Lease::filler).collect();
-        let destination = Destination::without_thread(fillers).expect("good disks");
+        let destination =
+            Destination::without_thread(fillers, Coverage::Whole).expect("good disks");
         let syncer = destination.syncer();
         let mut registry = Registry::new();
         registry

@@ -8,7 +8,7 @@ use vmferry_channel::{Stop, Uri};
 use vmferry_daemon::{Config, Daemon, Disk};
 use vmferry_disk::simulated::MemoryDisk;
 use vmferry_disk::{Hold, Node};
-use vmferry_migration::{Residence, Start};
+use vmferry_migration::{Coverage, Residence, Start};
 use vmferry_qmp::types::{HandOver, HoldLevel, MigrationStatus};
 
 use crate::host::{Host, MIB, OVER, PATIENCE, Settings, migrate_to, random, run};
@@ -599,6 +599,7 @@ fn a_live_disk_against_its_record_is_not_served() {
         nbd: Vec::new(),
         qmp: Vec::new(),
         incoming: None,
+        coverage: Coverage::Whole,
         nics: Vec::new(),
     })
     .unwrap_err();
@@ -658,6 +659,7 @@ fn two_disks_of_a_name_are_refused() {
         nbd: Vec::new(),
         qmp: Vec::new(),
         incoming: None,
+        coverage: Coverage::Whole,
         nics: Vec::new(),
     };
     let error = Daemon::start(config).unwrap_err().to_string();

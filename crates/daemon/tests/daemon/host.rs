@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use vmferry_channel::{Listener, Stop, Uri};
 use vmferry_daemon::{Config, Daemon, Disk, Ender, Incoming, RunError};
 use vmferry_disk::{Hold, Node, OpenOptions, RawDisk};
-use vmferry_migration::{RecordFile, Residence, Standing, Start};
+use vmferry_migration::{Coverage, RecordFile, Residence, Standing, Start};
 use vmferry_nbd::{Client as NbdClient, ClientSettings, NbdUri};
 use vmferry_qmp::types::{BlockInfo, MigrationInfo, MigrationStatus, ShutdownCause};
 use vmferry_qmp::{Client, ServerEvent};
@@ -140,6 +140,7 @@ pub(crate) fn run(
         nbd: vec![bind("nbd.sock")],
         qmp: vec![bind("qmp.sock")],
         incoming,
+        coverage: Coverage::Whole,
         nics,
     });
     let daemon = daemon.unwrap();

@@ -10,8 +10,8 @@ use vmferry_channel::{Direction, Stop};
 use vmferry_disk::simulated::{MemoryDisk, Operation};
 use vmferry_disk::{Hold, Limits, Node};
 use vmferry_migration::{
-    Arrived, Capabilities, DestinationDisk, DestinationJob, Parameters, Published, Residence, Rest,
-    State, receive,
+    Arrived, Capabilities, Coverage, DestinationDisk, DestinationJob, Parameters, Published,
+    Residence, Rest, State, receive,
 };
 use vmferry_stream::Step;
 use vmferry_stream::return_path::{ReturnDecoder, ReturnMessage};
@@ -222,6 +222,7 @@ fn a_stream_of_any_machine_is_taken_if_it_may() {
     let writer = thread::spawn(move || here.write_all(&bytes).map(|()| here));
     let job = DestinationJob {
         disks: destination_disks(&host),
+        coverage: Coverage::Whole,
         rest: None,
         any_machine: true,
         keep_records: false,
@@ -642,6 +643,7 @@ fn feed_with_rest(bytes: &[u8], writes_left: Option<usize>) -> (Received, Kept) 
     };
     let job = DestinationJob {
         disks: destination_disks(&host),
+        coverage: Coverage::Whole,
         rest: Some(&mut kept),
         any_machine: true,
         keep_records: true,
@@ -669,6 +671,7 @@ fn two_disks_of_one_name_are_refused() {
     let stop = Stop::new().expect("an event");
     let job = DestinationJob {
         disks: vec![disk(), disk()],
+        coverage: Coverage::Whole,
         rest: None,
         any_machine: false,
         keep_records: false,

@@ -10,9 +10,9 @@ use vmferry_channel::{Channel, Direction, Stop};
 use vmferry_disk::simulated::MemoryDisk;
 use vmferry_disk::{Hold, Node};
 use vmferry_migration::{
-    Arrived, Capabilities, DestinationDisk, DestinationFailure, DestinationJob, Parameters,
-    Published, RecordFile, Residence, RunningSource, SourceDisk, SourceJob, Standing, Start,
-    StartError, State, Status, Target, receive, start,
+    Arrived, Capabilities, Coverage, DestinationDisk, DestinationFailure, DestinationJob,
+    Parameters, Published, RecordFile, Residence, RunningSource, SourceDisk, SourceJob, Standing,
+    Start, StartError, State, Status, Target, receive, start,
 };
 
 /// Only ever waited out by a test that fails.
@@ -170,6 +170,7 @@ pub(crate) fn start_destination_with(
     thread::spawn(move || {
         let job = DestinationJob {
             disks,
+            coverage: Coverage::Whole,
             rest: None,
             any_machine: false,
             keep_records: true,

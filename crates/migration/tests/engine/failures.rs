@@ -10,7 +10,9 @@ use std::time::Instant;
 
 use vmferry_channel::{Channel, Direction, Stop};
 use vmferry_disk::simulated::{CacheMode, MemoryDisk, Operation};
-use vmferry_disk::{Allocation, BlockDevice, Cached, DiskError, Extent, Hold, Limits, Node, Refusal, Unmap};
+use vmferry_disk::{
+    Allocation, BlockDevice, Cached, DiskError, Extent, Hold, Limits, Node, Refusal, Unmap,
+};
 use vmferry_migration::{
     Capabilities, Parameters, Published, RequestError, Residence, RunningSource, SourceDisk,
     SourceFailure, SourceJob, State, Target,

@@ -14,6 +14,9 @@ object! {
         channels "channels": Option<Vec<MigrationChannel>>,
         /// With the disks. A storage daemon migrates nothing else: `false` is refused.
         blk "blk": Option<bool>,
+        /// With what the disks' top layers hold, and without what lies below: the destination has
+        /// that. As `block-incremental` says if it is not given.
+        inc "inc": Option<bool>,
         /// Taken for compatibility: the command always returns at once.
         detach "detach": Option<bool>,
         /// Only these disks.
@@ -40,6 +43,8 @@ object! {
         max_bandwidth "max-bandwidth": Option<u64>,
         /// Longest time that guests may be held at the end, in milliseconds.
         downtime_limit "downtime-limit": Option<u64>,
+        /// Disks travel, and arrive, without what lies below their top layers.
+        block_incremental "block-incremental": Option<bool>,
         /// Milliseconds from the first announcement of an arrived guest to the second.
         announce_initial "announce-initial": Option<u64>,
         /// Milliseconds between two announcements at most.
@@ -73,6 +78,8 @@ object! {
 enumeration! {
     /// A feature that can be switched.
     MigrationCapability = "MigrationCapability" {
+        /// With the disks: always on, a storage daemon migrates nothing else.
+        Block "block",
         /// Send zero chunks without their data.
         ZeroBlocks "zero-blocks",
         /// Send `MIGRATION` and `MIGRATION_PASS`.

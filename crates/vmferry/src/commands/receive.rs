@@ -11,8 +11,8 @@ use serde_json::{Value, json};
 use vmferry_channel::{Channel, Listener, Stop, Uri};
 use vmferry_disk::{Hold, Node};
 use vmferry_migration::{
-    Arrived, DestinationDisk, DestinationFailure, DestinationJob, Published, Record, RecordFile,
-    Residence, Rest, State,
+    Arrived, Coverage, DestinationDisk, DestinationFailure, DestinationJob, Published, Record,
+    RecordFile, Residence, Rest, State,
 };
 
 use crate::disks::{self, MadeFiles, OpenDisks, Past, Purpose};
@@ -68,6 +68,10 @@ pub(crate) fn run(flags: &ReceiveFlags) -> Result<Exit, Failure> {
     let published = Published::default();
     let job = DestinationJob {
         disks: filled.clone(),
+        coverage: match flags.incremental {
+            true => Coverage::Incremental,
+            false => Coverage::Whole,
+        },
         rest: saved.as_mut().map(|saved| saved as &mut dyn Rest),
         any_machine: true,
         keep_records: false,

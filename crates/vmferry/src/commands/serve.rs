@@ -7,7 +7,7 @@ use sd_notify::NotifyState;
 use vmferry_channel::{Listener, PacketError, Uri, is_inherited_listener};
 use vmferry_daemon::{Config, Daemon, Disk, Incoming, StartError};
 use vmferry_disk::{Hold, Node};
-use vmferry_migration::{Record, RecordFile, Residence, Standing, Start, start};
+use vmferry_migration::{Coverage, Record, RecordFile, Residence, Standing, Start, start};
 use vmferry_qmp::types::ShutdownCause;
 use vmferry_relay::announce::{Announcer, Interface};
 
@@ -64,10 +64,11 @@ pub(crate) fn run(flags: &ServeFlags) -> Result<Exit, Failure> {
         })
         .collect();
 
-    let daemon = Daemon::start(doors.into_config(disks, nics)).map_err(|error| match error {
-        StartError::TwoOfAName(_) => Failure::usage(error),
-        StartError::Daemon(_) | StartError::Resources(_) => Failure::new(Exit::Failed, error),
-    })?;
+    let daemon =
+        Daemon::start(doors.into_config(flags, disks, nics)).map_err(|error| match error {
+            StartError::TwoOfAName(_) => Failure::usage(error),
+            StartError::Daemon(_) | StartError::Resources(_) => Failure::new(Exit::Failed, error),
+        })?;
     made.keep();
     for (what, address) in &addresses {
         report(flags, what, address)?;
@@ -102,6 +103,11 @@ fn check(flags: &ServeFlags, waits: bool) -> Result<(), Failure> {
             "disk \"{}\": overwrite=on is for disks that a migration fills (--incoming)",
             flag.name
         )));
+    }
+    if flags.incremental && !waits {
+        return Err(Failure::usage(
+            "--incremental is about the migration that --incoming waits for",
+        ));
     }
     if waits && flags.disk.iter().all(|flag| flag.read_only) {
         return Err(Failure::usage(
@@ -264,8 +270,17 @@ impl Doors {
         addresses
     }
 
-    fn into_config(self, disks: Vec<Disk>, nics: Vec<Box<dyn Announcer>>) -> Config {
+    fn into_config(
+        self,
+        flags: &ServeFlags,
+        disks: Vec<Disk>,
+        nics: Vec<Box<dyn Announcer>>,
+    ) -> Config {
         Config {
+            coverage: match flags.incremental {
+                true => Coverage::Incremental,
+                false => Coverage::Whole,
+            },
             name: None,
             disks,
             nbd: self.nbd,
@@ -413,6 +428,7 @@ mod tests {
             "--disk a=@/a --take-back b",
             "--disk a=@/a --announce br0 --announce eth0 --announce br0",
             "--disk a=@/a,overwrite=on",
+            "--disk a=@/a --incremental",
             "--disk a=@/a --state-dir @/none",
         ] {
             assert_eq!(starts(&folder, options), Err(Exit::Usage), "{options}");

@@ -215,6 +215,10 @@ pub(crate) struct ServeFlags {
     /// QMP's migrate-incoming says where
     #[arg(long, value_name = "URI")]
     pub(crate) incoming: Option<IncomingFlag>,
+    /// The migration sends only what lies in its disks' top layers (QEMU's migrate -i); the disks
+    /// here are empty images over the same bases
+    #[arg(long)]
+    pub(crate) incremental: bool,
     /// Announce this guest NIC on the host's interface IFACE when a migration has arrived:
     /// IFACE[,mac=MAC] (repeatable)
     #[arg(long, value_name = "NIC", long_help = ANNOUNCE_HELP)]
@@ -250,6 +254,9 @@ pub(crate) struct ServeFlags {
     vmferry migrate --qmp unix:/run/vmferry/qmp.sock \\
         \"exec:ssh host2 vmferry receive - --disk root=/vm/root.img,create=on,size=20GiB\"
 
+  Only what a disk has beyond the backing image that both hosts have:
+    vmferry migrate --qmp unix:/run/vmferry/qmp.sock --incremental tcp:host2:4444
+
   What would go wrong?
     vmferry migrate --qmp unix:/run/vmferry/qmp.sock --check tcp:host2:4444
 
@@ -269,6 +276,12 @@ pub(crate) struct MigrateFlags {
     pub(crate) disk: Vec<String>,
     #[command(flatten)]
     pub(crate) limits: LimitFlags,
+    /// Send only what lies in the disks' top layers, and not what their backing images hold
+    ///
+    /// The destination's disks must be empty images over the same backing images, and it must be
+    /// told: a vmferry there with --incremental. Nobody compares the backing images.
+    #[arg(long)]
+    pub(crate) incremental: bool,
     /// Send zeroes as data, for a destination that does not know zero blocks (QEMU before 1.6)
     #[arg(long)]
     pub(crate) no_zero_blocks: bool,
@@ -397,6 +410,10 @@ pub(crate) struct ReceiveFlags {
     /// Keep the record of where each disk lives here, not beside the disk (block devices need it)
     #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
     pub(crate) state_dir: Option<PathBuf>,
+    /// The migration sends only what lies in its disks' top layers (QEMU's migrate -i); the disks
+    /// here are empty images over the same bases
+    #[arg(long, requires = "disk")]
+    pub(crate) incremental: bool,
     /// Write the stream without its disks to this new file
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub(crate) save: Option<PathBuf>,

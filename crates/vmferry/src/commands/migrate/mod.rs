@@ -85,6 +85,7 @@ fn arguments(flags: &MigrateFlags, uri: String, only_check: bool) -> Migrate {
     Migrate {
         uri: Some(uri),
         x_disks: (!flags.disk.is_empty()).then(|| flags.disk.clone()),
+        inc: Some(flags.incremental),
         x_one_way: Some(flags.one_way),
         x_check: Some(only_check),
         ..Migrate::default()
