@@ -46,6 +46,8 @@ pub struct SnapshotEntry {
     pub id: Vec<u8>,
     /// Its name, as found.
     pub name: Vec<u8>,
+    /// Tells it from others that were there before and looked the same; 0 if it was read.
+    pub(crate) serial: u64,
 }
 
 /// All internal snapshots of an image.
@@ -193,7 +195,7 @@ impl SnapshotEntry {
     /// An entry with all the extra data that is known.
     pub(crate) fn new(
         new: &NewSnapshot<'_>,
-        id: u64,
+        (id, serial): (u64, u64),
         l1_offset: u64,
         l1_entries: u32,
         disk_bytes: u64,
@@ -211,6 +213,7 @@ impl SnapshotEntry {
             extra: crate::bytes::table(&extra),
             id: id.to_string().into_bytes(),
             name: new.name.as_bytes().to_vec(),
+            serial,
         }
     }
 
@@ -261,6 +264,7 @@ impl SnapshotEntry {
             extra,
             id,
             name,
+            serial: 0,
         }
     }
 

@@ -241,9 +241,14 @@ impl Qcow2Disk {
             state.l1_dirty.extend(changed);
         }
         let place = self.write_new("L1 table", &table(l1))?;
+        let ids = {
+            let mut state = self.state();
+            state.last_id += 1;
+            (state.snapshots.next_id(), state.last_id)
+        };
         let entry = SnapshotEntry::new(
             new,
-            self.state().snapshots.next_id(),
+            ids,
             self.geometry.host(HostCluster(place.start)).0,
             u32::try_from(l1.len()).unwrap_or(u32::MAX),
             self.disk_bytes(),

@@ -43,7 +43,9 @@ impl Qcow2Disk {
     fn raise_all(&self, l1: &[u64], raised: &mut u64) -> Result<(), Error> {
         let mut seen = HashSet::new();
         let active: HashSet<u64> = {
-            let state = self.state();
+            let mut state = self.state();
+            // Tables that were active once are guarded no more: snapshots have them now.
+            state.guard_tables();
             state.l1.iter().map(|entry| entry & OFFSET_MASK).collect()
         };
         for entry in l1 {

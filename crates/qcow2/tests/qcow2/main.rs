@@ -5,5 +5,6 @@ mod faults;
 mod hostile;
 mod interop;
 mod model;
+mod snapshots;
 mod support;
 mod threads;

@@ -1,6 +1,8 @@
 //! Random operations on random images, compared with bytes in memory, with our check and with
 //! `qemu-img`. `VMFERRY_SEED=n` runs sequence `n` alone first; `VMFERRY_LONG=1` runs 10,000.
 
+mod snapshots;
+
 use std::sync::Arc;
 
 use crate::support::{MemoryFile, qemu_img_ok, rounds, seed};
@@ -8,7 +10,7 @@ use fastrand::Rng;
 use vmferry_disk::{BlockDevice, ExtentKind, Unmap};
 use vmferry_qcow2::header::{BackingFormat, Compression};
 use vmferry_qcow2::{
-    CheckReport, CreateOptions, LayerKind, OpenOptions, Qcow2Disk, Repair, check, create,
+    CheckReport, CreateOptions, Error, LayerKind, OpenOptions, Qcow2Disk, Repair, check, create,
 };
 
 struct Case {
@@ -17,6 +19,7 @@ struct Case {
     backing: Option<Vec<u8>>,
     disk: Option<Qcow2Disk>,
     model: Vec<u8>,
+    kept: Vec<snapshots::Kept>,
     l2_cache_bytes: usize,
 }
 
@@ -81,6 +84,7 @@ impl Case {
             backing,
             disk: None,
             model,
+            kept: Vec::new(),
             l2_cache_bytes,
         }
     }
@@ -115,7 +119,7 @@ impl Case {
     }
 
     fn step(&mut self, rng: &mut Rng) {
-        match rng.u8(..20) {
+        match rng.u8(..24) {
             0..=7 => {
                 let (start, size) = self.range(rng);
                 let data = random_bytes(rng, size);
@@ -150,6 +154,7 @@ impl Case {
                 assert!(report.is_clean(), "{report:?}");
             }
             17 => self.resize(rng),
+            20..=23 => self.snapshot_step(rng),
             _ => {
                 let (start, size) = self.range(rng);
                 self.status(start, size);
@@ -180,7 +185,13 @@ impl Case {
             true => rng.usize(1..=length),
             false => length + rng.usize(1..=length.min(4 << 20)),
         };
-        self.disk().resize(wanted as u64).unwrap();
+        let refused = self.options.version == 2 && !self.kept.is_empty();
+        let resized = self.disk().resize(wanted as u64);
+        if refused {
+            assert!(matches!(resized, Err(Error::Option { .. })), "{resized:?}");
+            return;
+        }
+        resized.unwrap();
         self.model.resize(wanted, 0);
     }
 
@@ -231,6 +242,7 @@ fn run(seed: u64, with_qemu: bool) {
         }
     }
     case.compare(0, case.model.len());
+    case.compare_snapshots();
     case.disk.take().unwrap().close().unwrap();
     let report = case.check();
     assert!(report.is_clean(), "{:?}: {report:?}", case.options);
@@ -257,6 +269,7 @@ fn compare_with_qemu(case: &Case) {
         let model = path("model.raw");
         qemu_img_ok(&["compare", "-f", "qcow2", "-F", "raw", &image, &model]);
     }
+    snapshots::compare_with_qemu(case, &path, backing_bytes.is_multiple_of(512));
 }
 
 #[test]

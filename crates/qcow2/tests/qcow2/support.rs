@@ -89,6 +89,11 @@ impl Bytes {
         bytes
     }
 
+    /// Bytes that take space.
+    pub(crate) fn allocated(&self) -> u64 {
+        self.sectors.len() as u64 * SECTOR
+    }
+
     pub(crate) fn to_file(&self, path: &Path) {
         use std::os::unix::fs::FileExt;
         let file = std::fs::File::create(path).unwrap();
