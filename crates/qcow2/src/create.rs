@@ -166,8 +166,7 @@ struct Layout {
 impl Layout {
     fn of(geometry: Geometry, disk_bytes: u64) -> Result<Self, Error> {
         let l1_entries = geometry.l1_entries(disk_bytes);
-        // A disk of length 0 has a table all the same: some readers expect one.
-        let l1_clusters = geometry.clusters(l1_entries * 8).max(1);
+        let l1_clusters = geometry.clusters(l1_entries * 8);
         let (mut table_clusters, mut blocks) = (1, 1);
         loop {
             let clusters = 1 + table_clusters + blocks + l1_clusters;
@@ -186,7 +185,10 @@ impl Layout {
                     table_clusters,
                     first_block: 1 + table_clusters,
                     blocks,
-                    first_l1: 1 + table_clusters + blocks,
+                    first_l1: match l1_clusters {
+                        0 => 0,
+                        _ => 1 + table_clusters + blocks,
+                    },
                     l1_entries,
                     clusters,
                 });

@@ -58,7 +58,7 @@ fn open(file: &MemoryFile, backing: Option<&[u8]>) -> Qcow2Disk {
     Qcow2Disk::open(Arc::new(file.clone()), options, backing).unwrap()
 }
 
-fn random_range(rng: &mut Rng, length: usize, cluster: usize) -> Range<usize> {
+pub(crate) fn random_range(rng: &mut Rng, length: usize, cluster: usize) -> Range<usize> {
     let mut start = rng.usize(..length);
     if rng.bool() {
         start -= start % cluster;
@@ -71,22 +71,44 @@ fn random_range(rng: &mut Rng, length: usize, cluster: usize) -> Range<usize> {
     start..(start + size).min(length)
 }
 
-fn make_history(rng: &mut Rng) -> History {
-    let cluster_bits = [9, 9, 9, 10, 12, 16][rng.usize(..6)];
-    let version = if rng.u8(..4) == 0 { 2 } else { 3 };
-    let disk_bytes = rng.usize(
-        1..=if cluster_bits == 16 {
-            1 << 20
-        } else {
-            256 << 10
-        },
-    );
+/// So many stops of one history are tried, more or less.
+const CUTS_MAX: usize = 100;
+
+/// How the image of a history is made.
+#[derive(Clone, Copy, PartialEq)]
+enum Shape {
+    Any,
+    /// A refcount block counts 32 KiB and the first table 2 MiB, of which most is in use.
+    NearlyFullTable,
+}
+
+fn make_history(rng: &mut Rng, shape: Shape) -> History {
+    let nearly_full = shape == Shape::NearlyFullTable;
+    let cluster_bits = match nearly_full {
+        true => 9,
+        false => [9, 9, 9, 10, 12, 16][rng.usize(..6)],
+    };
+    let version = if !nearly_full && rng.u8(..4) == 0 {
+        2
+    } else {
+        3
+    };
+    let refcount_order = match version {
+        2 => 4,
+        _ if nearly_full => 6,
+        _ => rng.u32(0..=6),
+    };
+    let disk_bytes = match (nearly_full, cluster_bits) {
+        (true, _) => 5 << 19,
+        (_, 16) => rng.usize(1..=1 << 20),
+        _ => rng.usize(1..=256 << 10),
+    };
     let backing = (rng.u8(..3) == 0).then(|| vec![0xB5; rng.usize(1..=disk_bytes * 2)]);
     let options = CreateOptions {
         disk_bytes: disk_bytes as u64,
         version,
         cluster_bits,
-        refcount_order: if version == 2 { 4 } else { rng.u32(0..=6) },
+        refcount_order,
         lazy_refcounts: false,
         compression: Compression::Deflate,
         backing: backing
@@ -99,6 +121,13 @@ fn make_history(rng: &mut Rng) -> History {
     if let Some(backing) = &backing {
         let length = backing.len().min(disk_bytes);
         model[..length].copy_from_slice(&backing[..length]);
+    }
+    if nearly_full {
+        let filled = 15 << 17;
+        let disk = open(&file, backing.as_deref());
+        disk.write_at(&vec![0xF1; filled], 0).unwrap();
+        disk.close().unwrap();
+        model[..filled].fill(0xF1);
     }
     let mut snapshot = None;
     let file = match options.refcount_order > 0 && rng.u8(..3) == 0 {
@@ -129,7 +158,7 @@ fn make_history(rng: &mut Rng) -> History {
     let disk = open(&file, history.backing.as_deref());
     let cluster = 1 << cluster_bits;
     let mut tag = 0;
-    for _ in 0..rng.usize(3..30) {
+    for _ in 0..rng.usize(3..if nearly_full { 10 } else { 30 }) {
         let first_event = file.log_length();
         let range = random_range(rng, model.len(), cluster);
         let (start, size) = (range.start as u64, range.len() as u64);
@@ -210,7 +239,7 @@ fn read_snapshot(image: &Bytes, backing: Option<&[u8]>) -> Vec<u8> {
 }
 
 /// What the file may hold if it was `durable` at the last flush and `pending` came after it.
-fn survivors(rng: &mut Rng, durable: &Bytes, pending: &[Event]) -> Bytes {
+pub(crate) fn survivors(rng: &mut Rng, durable: &Bytes, pending: &[Event]) -> Bytes {
     let mut now = durable.clone();
     match rng.u8(..4) {
         0 => {
@@ -378,15 +407,20 @@ fn check_with_qemu(image: &Bytes) {
     );
 }
 
-fn run(seed: u64) -> usize {
+fn run(seed: u64, shape: Shape) -> usize {
     let mut rng = Rng::with_seed(seed);
-    let history = make_history(&mut rng);
+    let history = make_history(&mut rng, shape);
     let mut durable = history.base.clone();
     let mut flushed_until = 0;
     let mut images = 0;
     for cut in 0..=history.log.len() {
         let pending = &history.log[flushed_until..cut];
-        for _ in 0..2 {
+        // Large images are looked at now and then.
+        for _ in 0..if rng.usize(..history.log.len()) < CUTS_MAX {
+            2
+        } else {
+            0
+        } {
             let image = survivors(&mut rng, &durable, pending);
             if rng.u16(..300) == 0 {
                 check_with_qemu(&image);
@@ -404,13 +438,12 @@ fn run(seed: u64) -> usize {
     images
 }
 
-#[test]
-fn whatever_survives_a_crash_is_consistent_and_holds_what_was_flushed() {
+fn run_all(count: u64, shape: Shape) {
     let first = seed();
     let mut images = 0;
-    for number in 0..rounds(150) {
+    for number in 0..rounds(count) {
         let seed = first.wrapping_add(number);
-        match std::panic::catch_unwind(|| run(seed)) {
+        match std::panic::catch_unwind(|| run(seed, shape)) {
             Ok(count) => images += count,
             Err(panic) => {
                 println!("history {number}: VMFERRY_SEED={seed}");
@@ -419,6 +452,16 @@ fn whatever_survives_a_crash_is_consistent_and_holds_what_was_flushed() {
         }
     }
     println!("{images} crashed images were checked");
+}
+
+#[test]
+fn whatever_survives_a_crash_is_consistent_and_holds_what_was_flushed() {
+    run_all(150, Shape::Any);
+}
+
+#[test]
+fn tables_that_grow_survive_a_crash() {
+    run_all(3, Shape::NearlyFullTable);
 }
 
 #[test]

@@ -1,10 +1,12 @@
 //! The image format, against models, crashes, threads, hostile files and `qemu-img`.
 
 mod crash;
+mod edges;
 mod faults;
 mod hostile;
 mod interop;
 mod model;
+mod snapshot_crash;
 mod snapshots;
 mod support;
 mod threads;
