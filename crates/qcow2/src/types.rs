@@ -41,6 +41,10 @@ pub const COMPRESSED: u64 = 1 << 62;
 pub const ZERO: u64 = 1;
 /// The bits of an entry that hold a host offset.
 pub const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
+/// Bits of an L2 entry that is not compressed that must be 0.
+pub const L2_RESERVED: u64 = !(OFFSET_MASK | COPIED | COMPRESSED | ZERO);
+/// Bits of an L1 entry that must be 0.
+pub const L1_RESERVED: u64 = !(OFFSET_MASK | COPIED);
 
 /// The sizes that everything else follows from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -11,7 +11,9 @@ use crate::limits::{CHECK_CLUSTERS_MAX, CHECK_TABLES_MAX};
 use crate::refcount::read_table;
 use crate::snapshot_table::SnapshotTable;
 use crate::storage::Storage;
-use crate::types::{Geometry, HostOffset, Mapping, OFFSET_MASK};
+use crate::types::{
+    COMPRESSED, Geometry, HostOffset, L1_RESERVED, L2_RESERVED, Mapping, OFFSET_MASK,
+};
 
 /// What lies in a cluster.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -273,11 +275,29 @@ fn walk_refcounts(
         let at = offset + 8 * index as u64;
         let content = Content::Own(REFCOUNT_BLOCK);
         let place = (block, geometry.cluster_bytes());
-        if block != 0 && !usage.add(report, geometry, content, place, at) {
+        let is_whole = !has_reserved(report, "refcount table entry", entry, !OFFSET_MASK, at);
+        if !is_whole || block != 0 && !usage.add(report, geometry, content, place, at) {
             usage.refcounts_broken = true;
         }
     }
     Ok(())
+}
+
+/// Bits that must be 0 and are not: whoever set them meant something that nobody here knows.
+fn has_reserved(
+    report: &mut CheckReport,
+    structure: &'static str,
+    entry: u64,
+    reserved: u64,
+    at: u64,
+) -> bool {
+    let bits = entry & reserved;
+    if bits != 0 {
+        report.add(FindingKind::Broken, at, || {
+            format!("{structure} with reserved bits: {bits:#x}")
+        });
+    }
+    bits != 0
 }
 
 fn walk_l1(
@@ -293,6 +313,7 @@ fn walk_l1(
     for (index, l1_entry) in l1.iter().enumerate() {
         let table = l1_entry & OFFSET_MASK;
         let at = l1_offset + 8 * index as u64;
+        has_reserved(report, "L1 entry", *l1_entry, L1_RESERVED, at);
         if table == 0 {
             continue;
         }
@@ -317,6 +338,9 @@ fn walk_l1(
         let bytes = read_cluster(storage, geometry, "L2 table", table)?;
         for (index, &entry) in entries(&bytes).iter().enumerate() {
             let at = table + 8 * index as u64;
+            if entry & COMPRESSED == 0 {
+                has_reserved(report, "L2 entry", entry, L2_RESERVED, at);
+            }
             let mapping = match geometry.decode_l2(entry, HostOffset(at)) {
                 Ok(mapping) => mapping,
                 Err(error) => {

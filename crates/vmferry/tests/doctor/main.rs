@@ -1,9 +1,10 @@
-//! The commands that look into streams and schemas.
+//! The commands that look into streams, schemas and images.
 
 #[path = "../peers/mod.rs"]
 #[expect(dead_code, reason = "other tests use the rest of it")]
 mod peers;
 
+mod check;
 mod diff;
 mod extract;
 mod inspect;
