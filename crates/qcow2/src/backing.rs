@@ -3,6 +3,7 @@
 //! Names of backing files are relative to the image that names them. The header must say which
 //! format a backing file has: the first bytes of a raw disk belong to its guest, who could write a
 //! qcow2 header there that leads to any file of the host.
+#![deny(clippy::arithmetic_side_effects, clippy::cast_possible_truncation)]
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};

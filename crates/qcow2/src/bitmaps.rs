@@ -11,6 +11,7 @@
 //! disk every bitmap that ought to record it (flag `auto`) is marked *in use*: whoever opens the
 //! image next knows that it is not up to date. Bitmaps that record nothing stay valid. A directory
 //! that is broken is dropped by clearing the bit, and unknown autoclear bits are cleared.
+#![deny(clippy::arithmetic_side_effects, clippy::cast_possible_truncation)]
 
 use std::ops::Range;
 

@@ -1,4 +1,5 @@
 //! Big-endian numbers in tables. What lies outside reads as zero: lengths are checked before.
+#![deny(clippy::arithmetic_side_effects, clippy::cast_possible_truncation)]
 
 pub(crate) fn be16(bytes: &[u8], at: usize) -> u16 {
     field(bytes, at).map_or(0, u16::from_be_bytes)

@@ -3,6 +3,7 @@
 //! A cluster is a raw deflate stream (window of 4 KiB) or a zstd frame that expands to exactly one
 //! cluster. It lies anywhere in the file, its length is given in sectors, so what follows its end
 //! is somebody else's.
+#![deny(clippy::arithmetic_side_effects, clippy::cast_possible_truncation)]
 
 use std::io::Read;
 use std::sync::{Arc, Mutex, PoisonError};

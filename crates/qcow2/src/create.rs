@@ -222,11 +222,7 @@ fn first_cluster(
             0
         },
         autoclear: 0,
-        header_bytes: if v3 {
-            HEADER_BYTES
-        } else {
-            HEADER_BYTES_V2 as u32
-        },
+        header_bytes: if v3 { HEADER_BYTES } else { HEADER_BYTES_V2 },
         compression: options.compression,
         backing_name: None,
         extensions: Vec::new(),

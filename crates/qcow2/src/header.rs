@@ -13,6 +13,7 @@
 //!
 //! All of it lies in the first cluster. Every change of the header is one write of its first 72 or
 //! 104 bytes, so that it is there as a whole or not at all; the rest is kept as it was found.
+#![deny(clippy::arithmetic_side_effects, clippy::cast_possible_truncation)]
 
 use crate::bytes::{be32, be64, put, put32, put64};
 use crate::error::Error;
@@ -24,7 +25,7 @@ use crate::storage::Storage;
 use crate::types::Geometry;
 
 /// Bytes of a header of version 2.
-pub const HEADER_BYTES_V2: usize = 72;
+pub const HEADER_BYTES_V2: u32 = 72;
 /// Bytes of the fixed part of a header of version 3.
 pub const HEADER_BYTES_V3: usize = 104;
 
@@ -158,7 +159,7 @@ impl Header {
         let version = be32(cluster, 4);
         bounded("version", 4, u64::from(version), 2..=3, "2 or 3")?;
         let header_bytes = match version {
-            2 => HEADER_BYTES_V2 as u32,
+            2 => HEADER_BYTES_V2,
             _ => be32(cluster, 100),
         };
         let least = if version == 2 { 72 } else { 104 };
@@ -353,7 +354,7 @@ impl Header {
     pub(crate) fn write(&self, storage: &dyn Storage) -> Result<(), Error> {
         let mut fixed = [0; HEADER_BYTES_V3];
         let length = match self.geometry.version {
-            2 => HEADER_BYTES_V2,
+            2 => HEADER_BYTES_V2 as usize,
             _ => HEADER_BYTES_V3,
         };
         let failed = |operation| Error::storage(operation, "header", 0);
