@@ -12,7 +12,7 @@ use crate::refcount::read_table;
 use crate::snapshot_table::SnapshotTable;
 use crate::storage::Storage;
 use crate::types::{
-    COMPRESSED, Geometry, HostOffset, L1_RESERVED, L2_RESERVED, Mapping, OFFSET_MASK,
+    COMPRESSED, COPIED, Geometry, HostOffset, L1_RESERVED, L2_RESERVED, Mapping, OFFSET_MASK,
 };
 
 /// What lies in a cluster.
@@ -340,6 +340,10 @@ fn walk_l1(
             let at = table + 8 * index as u64;
             if entry & COMPRESSED == 0 {
                 has_reserved(report, "L2 entry", entry, L2_RESERVED, at);
+            } else if entry & COPIED != 0 {
+                report.add(FindingKind::Broken, at, || {
+                    "the COPIED flag is set for a compressed cluster".to_owned()
+                });
             }
             let mapping = match geometry.decode_l2(entry, HostOffset(at)) {
                 Ok(mapping) => mapping,

@@ -16,11 +16,12 @@ use crate::peers::vmferry::{run, run_well};
 use crate::peers::{image, long, seeded};
 use crate::serve::CommandLine;
 
-/// Unit of what is written, in bytes.
-const BLOCK: usize = 4096;
-const BLOCKS: usize = 4096;
+/// Unit of what is written, in bytes. A write of more than one cluster may be there in part: a block is no longer than the
+/// smallest cluster.
+const BLOCK: usize = 512;
+const BLOCKS: usize = 32 << 10;
 /// The longest request, in blocks.
-const REQUEST_MAX: usize = 32;
+const REQUEST_MAX: usize = 256;
 /// Requests under way.
 const DEPTH: usize = 16;
 /// How long a daemon lives before it is killed, at most, in milliseconds.
