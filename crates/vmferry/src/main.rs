@@ -52,6 +52,7 @@ fn run(cli: Cli) -> Result<Exit, Failure> {
         Command::Schema(flags) => commands::schema::run(&flags),
         Command::Diff(flags) => commands::diff::run(&flags),
         Command::Check(flags) => commands::check::run(&flags),
+        Command::Snapshot(flags) => commands::snapshot::run(&flags),
         Command::Demo(flags) => commands::demo::run(&flags, cli.log),
         Command::Completions { shell } => commands::completions::run(shell),
         Command::Man { dir } => commands::man::run(dir.as_deref()),

@@ -15,5 +15,7 @@ pub(crate) mod resolve;
 pub(crate) mod schema;
 pub(crate) mod serve;
 pub(crate) mod set;
+pub(crate) mod snapshot;
 pub(crate) mod status;
 mod watch;
+mod whole_file;

@@ -1,10 +1,9 @@
 //! The options of `vmferry extract`.
 
-use std::path::PathBuf;
-
 use clap::{Args, Subcommand, ValueHint};
 
 use super::inspect::stream_file;
+use super::output_file::OutputFlags;
 use super::size::Size;
 use super::stream_file::StreamFile;
 use crate::output::{self, Out};
@@ -43,7 +42,7 @@ impl ExtractFlags {
     pub(crate) fn json_out(&self) -> Option<Out> {
         let files = self.what.files();
         files.json.then(|| {
-            if files.writes_stdout() {
+            if files.to.is_stdout() {
                 output::stderr()
             } else {
                 output::stdout()
@@ -77,24 +76,14 @@ pub(crate) struct FileFlags {
     /// The stream; - is standard input
     #[arg(value_name = "FILE", value_hint = ValueHint::FilePath, value_parser = stream_file())]
     pub(crate) file: StreamFile,
-    /// The file to write; - is standard output
-    #[arg(short, long, value_name = "PATH", value_hint = ValueHint::FilePath)]
-    pub(crate) output: PathBuf,
-    /// Replace the file if it exists
-    #[arg(long)]
-    pub(crate) force: bool,
+    #[command(flatten)]
+    pub(crate) to: OutputFlags,
     /// If the stream is broken or truncated, keep what was before that; the exit status is 1 anyway
     #[arg(long)]
     pub(crate) partial: bool,
     /// Report the outcome as a JSON object (on standard error with -o -)
     #[arg(long)]
     pub(crate) json: bool,
-}
-
-impl FileFlags {
-    pub(crate) fn writes_stdout(&self) -> bool {
-        self.output.as_os_str() == "-"
-    }
 }
 
 /// Take guest memory out of a stream.

@@ -8,9 +8,11 @@ pub(crate) mod extract;
 pub(crate) mod incoming;
 mod inspect;
 mod log;
+pub(crate) mod output_file;
 pub(crate) mod rate;
 mod schema;
 pub(crate) mod size;
+pub(crate) mod snapshot;
 pub(crate) mod stream_file;
 pub(crate) mod time;
 
@@ -99,6 +101,7 @@ pub(crate) enum Command {
     Diff(DiffFlags),
     Schema(SchemaFlags),
     Check(CheckFlags),
+    Snapshot(snapshot::SnapshotFlags),
     Demo(DemoFlags),
     /// Print a shell's completions
     #[command(after_long_help = "Examples:
@@ -140,6 +143,7 @@ impl Command {
             Self::Demo(flags) => (flags.json, None),
             Self::Schema(flags) => (flags.json(), None),
             Self::Check(flags) => (flags.json, None),
+            Self::Snapshot(flags) => (flags.json(), None),
             _ => (false, None),
         };
         json.then(|| match uri {

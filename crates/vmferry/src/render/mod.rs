@@ -8,6 +8,7 @@ pub(crate) mod inspect_json;
 pub(crate) mod name;
 mod outcome;
 pub(crate) mod schema;
+pub(crate) mod snapshot;
 mod status;
 pub(crate) mod style;
 mod track;

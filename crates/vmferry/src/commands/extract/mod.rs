@@ -1,6 +1,5 @@
 //! `vmferry extract`: memory, disks and devices, out of a stream into files.
 
-mod output;
 mod report;
 
 use std::io::{self, Read};
@@ -11,15 +10,15 @@ use vmferry_inspect::{
 };
 use vmferry_stream::Fault;
 
+use super::whole_file::{self, Output};
 use crate::exit::{Exit, Failure};
 use crate::flags::extract::{ExtractFlags, FileFlags, RamFlags, What};
-use output::Output;
 use report::Report;
 
 pub(crate) fn run(flags: &ExtractFlags) -> Result<Exit, Failure> {
     let files = flags.what.files();
     let is_text = matches!(flags.what, What::Vmdescription(_));
-    let output = Output::create(files, is_text)?;
+    let output = Output::create(&files.to, is_text)?;
     let mut input = files.file.open()?;
     let file = output.file()?;
     let job = Job {
@@ -51,14 +50,14 @@ pub(crate) fn run(flags: &ExtractFlags) -> Result<Exit, Failure> {
             let mut body = DeviceBody::new(device.name.clone());
             let broken = job.walk(&mut input, &mut body)?;
             let device = job.finished(body.finish(), broken.as_ref())?;
-            output::write(&file, &device.body).map_err(|error| cannot_write(files, &error))?;
+            whole_file::write(&file, &device.body).map_err(|error| cannot_write(files, &error))?;
             (Report::of_device(&device), broken)
         }
         What::Vmdescription(_) => {
             let mut text = DescriptionText::new();
             let broken = job.walk(&mut input, &mut text)?;
             let text = job.finished(text.finish(), broken.as_ref())?;
-            output::write(&file, &text).map_err(|error| cannot_write(files, &error))?;
+            whole_file::write(&file, &text).map_err(|error| cannot_write(files, &error))?;
             (Report::of_description(&text), broken)
         }
     };
@@ -81,12 +80,8 @@ fn core_options(flags: &RamFlags) -> CoreOptions {
 }
 
 fn cannot_write(files: &FileFlags, error: &io::Error) -> Failure {
-    let place = if files.writes_stdout() {
-        "standard output".into()
-    } else {
-        files.output.display().to_string()
-    };
-    Failure::new(Exit::Failed, format!("cannot write {place}: {error}"))
+    let to = &files.to;
+    Failure::new(Exit::Failed, format!("cannot write {to}: {error}"))
 }
 
 struct Job<'a> {

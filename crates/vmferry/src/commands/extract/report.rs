@@ -148,7 +148,7 @@ impl Report {
         let mut out = out(files);
         if files.json {
             self.object["event"] = json!("extracted");
-            self.object["path"] = json!(files.output.display().to_string());
+            self.object["path"] = json!(files.to.output.display().to_string());
             self.object["whole"] = json!(broken.is_none());
             self.object["notes"] = json!(self.notes);
             if let Some(broken) = broken {
@@ -171,7 +171,7 @@ impl Report {
 
 /// Standard output, unless it carries the bytes.
 fn out(files: &FileFlags) -> Out {
-    if files.writes_stdout() {
+    if files.to.is_stdout() {
         output::stderr()
     } else {
         output::stdout()

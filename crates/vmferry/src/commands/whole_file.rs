@@ -10,13 +10,13 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{AtFlags, CWD, Mode, OFlags};
 
 use crate::exit::{Exit, Failure};
-use crate::flags::extract::FileFlags;
+use crate::flags::output_file::OutputFlags;
 
 /// Guest memory holds secrets.
 const MODE: u32 = 0o600;
 
 /// Where the bytes go.
-pub(super) struct Output {
+pub(crate) struct Output {
     file: File,
     place: Place,
     /// The file under another name, where it cannot be without one.
@@ -40,8 +40,8 @@ impl Drop for Temporary {
 
 impl Output {
     /// Get ready to write; nothing is to be seen of it yet.
-    pub(super) fn create(files: &FileFlags, is_text: bool) -> Result<Self, Failure> {
-        if files.writes_stdout() {
+    pub(crate) fn create(to: &OutputFlags, is_text: bool) -> Result<Self, Failure> {
+        if to.is_stdout() {
             if !is_text && io::stdout().is_terminal() {
                 let message = "a terminal cannot show raw bytes";
                 return Err(Failure::usage(message).hint("say -o PATH, or pipe it into something"));
@@ -56,7 +56,7 @@ impl Output {
                 temporary: None,
             });
         }
-        let path = free(&files.output, files.force)?;
+        let path = free(&to.output, to.force)?;
         let (file, temporary) = unnamed(folder_of(&path)).map_err(|error| {
             let path = path.display();
             Failure::new(Exit::Failed, format!("cannot write {path}: {error}"))
@@ -65,19 +65,19 @@ impl Output {
             file,
             place: Place::Path {
                 path,
-                force: files.force,
+                force: to.force,
             },
             temporary,
         })
     }
 
     /// The file to write into.
-    pub(super) fn file(&self) -> io::Result<File> {
+    pub(crate) fn file(&self) -> io::Result<File> {
         self.file.try_clone()
     }
 
     /// All of it is written: let it be seen.
-    pub(super) fn publish(mut self) -> io::Result<()> {
+    pub(crate) fn publish(mut self) -> io::Result<()> {
         let (path, force) = match &self.place {
             Place::Stdout => {
                 self.file.rewind()?;
@@ -113,7 +113,7 @@ impl Output {
 }
 
 /// Write bytes that were held.
-pub(super) fn write(mut file: &File, bytes: &[u8]) -> io::Result<()> {
+pub(crate) fn write(mut file: &File, bytes: &[u8]) -> io::Result<()> {
     file.write_all(bytes)
 }
 
@@ -192,18 +192,9 @@ fn link(file: &File, path: &Path) -> io::Result<()> {
 mod tests {
     use super::*;
 
-    fn files(output: &Path, force: bool) -> FileFlags {
-        FileFlags {
-            file: PathBuf::from("-").into(),
-            output: output.into(),
-            force,
-            partial: false,
-            json: false,
-        }
-    }
-
     fn create(path: &Path, force: bool) -> Result<Output, String> {
-        let output = Output::create(&files(path, force), false);
+        let output = path.into();
+        let output = Output::create(&OutputFlags { output, force }, false);
         output.map_err(|failure| failure.message().to_owned())
     }
 
