@@ -48,6 +48,19 @@ struct Claim {
     old_last: Mapping,
 }
 
+/// Lets those go on who wait for an operation in flight, however it ends.
+struct Ending<'a> {
+    disk: &'a Qcow2Disk,
+    id: u64,
+}
+
+impl Drop for Ending<'_> {
+    fn drop(&mut self) {
+        self.disk.state().end(self.id);
+        self.disk.ended.notify_all();
+    }
+}
+
 impl Qcow2Disk {
     /// Write guest bytes. The range may end behind the disk's length, not behind its tables.
     pub(crate) fn write_range(&self, mut buf: &[u8], mut guest: u64) -> Result<(), Error> {
@@ -213,6 +226,10 @@ impl Qcow2Disk {
     }
 
     fn write_claimed(&self, claim: &Claim, buf: &[u8], guest: u64) -> Result<(), Error> {
+        let _ending = Ending {
+            disk: self,
+            id: claim.id,
+        };
         let written = self.fill_claimed(claim, buf, guest);
         let mut state = self.state();
         let mut published = 0;
@@ -229,9 +246,6 @@ impl Qcow2Disk {
             let unused = claim.host.0 + published..claim.host.0 + count;
             state.give_back(&*self.storage, unused);
         }
-        state.end(claim.id);
-        drop(state);
-        self.ended.notify_all();
         result
     }
 

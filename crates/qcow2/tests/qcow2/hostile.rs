@@ -390,12 +390,19 @@ fn compressed_clusters_end_where_a_cluster_ends() {
     );
 }
 
+/// So many images are made and broken again and again.
+const IMAGES: u64 = 6;
+
 /// A small image with all there is: data, compressed clusters, snapshots, a bitmap.
 fn rich_image(rng: &mut Rng) -> Bytes {
     let folder = Folder::new();
     let (raw, image) = (folder.path("raw"), folder.path("image"));
     std::fs::write(&raw, mixed_bytes(rng, 100_352)).unwrap();
-    let options = format!("cluster_size={}", [512, 1024, 4096][rng.usize(..3)]);
+    let options = format!(
+        "cluster_size={},compression_type={}",
+        [512, 1024, 4096][rng.usize(..3)],
+        ["zlib", "zstd"][rng.usize(..2)],
+    );
     qemu_img_ok(&[
         "convert", "-f", "raw", "-O", "qcow2", "-c", "-o", &options, &raw, &image,
     ]);
@@ -486,14 +493,14 @@ fn use_it(rng: &mut Rng, file: &MemoryFile) {
 #[test]
 fn broken_images_are_never_our_end() {
     let first = seed();
-    let images: Vec<Bytes> = (0..3)
+    let images: Vec<Bytes> = (0..IMAGES)
         .map(|number| rich_image(&mut Rng::with_seed(first.wrapping_add(number))))
         .collect();
     for number in 0..rounds(600) {
         let seed = first.wrapping_add(number);
         let result = std::panic::catch_unwind(|| {
             let mut rng = Rng::with_seed(seed);
-            let file = MemoryFile::new(images[(number % 3) as usize].clone());
+            let file = MemoryFile::new(images[(number % IMAGES) as usize].clone());
             let header = Header::read(&file).unwrap();
             break_something(&mut rng, &file, &header);
             use_it(&mut rng, &file);
