@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use vmferry_buffer::{Buffer, Pool, is_zero};
-use vmferry_disk::{BlockDevice, CHUNK_BYTES, Chunk, Filler, Limits};
+use vmferry_disk::{CHUNK_BYTES, Chunk, DiskError, Filler, Limits};
 use vmferry_savevm::{HandlerError, LoadHandler};
 use vmferry_stream::{BLOCK_BYTES, BlockChunk, Name, Record, SECTOR_BYTES, Sector};
 
@@ -44,10 +44,10 @@ pub enum Coverage {
     /// All of them.
     #[default]
     Whole,
-    /// Those of which any part is the disk's own when the migration begins. The source sends only
-    /// what is allocated in its disks' top layers (QEMU's `migrate -i`), and the disks here lie over
-    /// the same bases: what does not come shows through. A fresh overlay owns nothing; whatever an
-    /// earlier attempt has left in it must be overwritten.
+    /// Those that would not read as the bases do. The source sends only what is allocated in its
+    /// disks' top layers (QEMU's `migrate -i`), and the disks here lie over the same bases: what
+    /// does not come shows through. A fresh overlay owns nothing; whatever an earlier attempt has
+    /// left in it must be overwritten, unless it says what the base says.
     Incremental,
 }
 
@@ -180,6 +180,7 @@ pub struct Destination {
 
 struct Disk {
     name: String,
+    filler: Filler,
     limits: Limits,
     arrived: Vec<u64>,
 }
@@ -228,7 +229,7 @@ impl Destination {
         for (index, filler) in fillers.iter().enumerate() {
             let mut disk = Disk::new(filler)?;
             if coverage == Coverage::Incremental {
-                disk.await_own(filler.device());
+                disk.await_own();
             }
             if by_name.insert(disk.name.clone(), index).is_some() {
                 return Err(DestinationError::Twice { name: disk.name });
@@ -414,7 +415,10 @@ impl Destination {
         }
     }
 
-    fn check_complete(&self) -> Result<(), DestinationError> {
+    fn check_complete(&mut self) -> Result<(), DestinationError> {
+        if self.coverage == Coverage::Incremental {
+            self.look_at_what_is_left()?;
+        }
         for disk in &self.disks {
             let Some(Missing {
                 count,
@@ -443,6 +447,24 @@ impl Destination {
             Coverage::Whole => Ok(()),
             Coverage::Incremental => self.check_first_pass(),
         }
+    }
+
+    /// An earlier attempt may have written what this one has no need to send: it claims a chunk
+    /// where it cannot ask whose it is, and the last block of an odd disk begins in the one before.
+    fn look_at_what_is_left(&mut self) -> Result<(), DestinationError> {
+        if self.disks.iter().all(|disk| disk.missing().is_none()) {
+            return Ok(());
+        }
+        self.syncer().sync()?;
+        for disk in &mut self.disks {
+            let failed = |source| ApplyError::Disk {
+                disk: disk.name.clone(),
+                source: Arc::new(source),
+            };
+            let same = disk.same_as_below().map_err(failed)?;
+            same.into_iter().for_each(|bytes| disk.mark_arrived(bytes));
+        }
+        Ok(())
     }
 
     /// A QEMU may end its migration while its first pass runs, and here nobody can count what is
@@ -513,6 +535,7 @@ impl Disk {
         let arrived = vec![0; usize::try_from(words).unwrap_or(usize::MAX)];
         Ok(Self {
             name,
+            filler: filler.clone(),
             limits,
             arrived,
         })
@@ -535,7 +558,9 @@ impl Disk {
     }
 
     /// Let everything count as arrived that shows through from below.
-    fn await_own(&mut self, device: &dyn BlockDevice) {
+    fn await_own(&mut self) {
+        let filler = self.filler.clone();
+        let device = filler.device();
         let length = self.limits.length;
         let mut below = 0..0;
         while below.end < length {
@@ -557,6 +582,43 @@ impl Disk {
         self.mark_arrived(below);
     }
 
+    fn is_missing(&self, chunk: u64) -> bool {
+        let word = usize::try_from(chunk / 64)
+            .ok()
+            .and_then(|word| self.arrived.get(word));
+        word.is_none_or(|word| word & 1 << (chunk % 64) == 0)
+    }
+
+    /// The missing blocks that read as what lies below does, up to the first that does not.
+    fn same_as_below(&self) -> Result<Vec<Range<u64>>, DiskError> {
+        let device = self.filler.device();
+        let Some(below) = device.below() else {
+            return Ok(Vec::new());
+        };
+        let length = self.limits.length;
+        let below_length = below.limits().length;
+        let (mut here, mut there) = (Vec::new(), Vec::new());
+        let mut same = Vec::new();
+        for chunk in (0..Chunk::count(length)).filter(|chunk| self.is_missing(*chunk)) {
+            let start = Chunk(chunk).start_bytes();
+            let on_disk = Chunk(chunk).length_bytes(length);
+            here.resize(on_disk, 0);
+            there.clear();
+            there.resize(on_disk, 0);
+            device.read_at(&mut here, start)?;
+            let has = usize::try_from(below_length.saturating_sub(start)).unwrap_or(usize::MAX);
+            let part = &mut there[..has.min(on_disk)];
+            if !part.is_empty() {
+                below.read_at(part, start)?;
+            }
+            if here != there {
+                break;
+            }
+            same.push(start..start + on_disk as u64);
+        }
+        Ok(same)
+    }
+
     /// What has not arrived.
     fn missing(&self) -> Option<Missing> {
         let total = Chunk::count(self.limits.length);
@@ -568,13 +630,9 @@ impl Disk {
         if arrived >= total {
             return None;
         }
-        let is_missing = |chunk: &u64| {
-            let word = usize::try_from(chunk / 64)
-                .ok()
-                .and_then(|word| self.arrived.get(word));
-            word.is_none_or(|word| word & 1 << (chunk % 64) == 0)
-        };
-        let first = (0..total).find(is_missing).unwrap_or(0);
+        let first = (0..total)
+            .find(|chunk| self.is_missing(*chunk))
+            .unwrap_or(0);
         Some(Missing {
             count: total - arrived,
             total,

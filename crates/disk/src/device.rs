@@ -46,6 +46,9 @@ pub trait BlockDevice: Send + Sync {
     /// nothing below owns everything.
     fn allocation(&self, offset: u64, length: u64) -> Result<Allocation, DiskError>;
 
+    /// The device that shows through where this one owns nothing; zeroes do past its end.
+    fn below(&self) -> Option<&dyn BlockDevice>;
+
     /// Start writing back the range without waiting. A hint that makes the next flush short.
     fn start_writeback(&self, offset: u64, length: u64) -> Result<(), DiskError>;
 
@@ -91,6 +94,10 @@ impl<D: BlockDevice + ?Sized> BlockDevice for Arc<D> {
 
     fn allocation(&self, offset: u64, length: u64) -> Result<Allocation, DiskError> {
         (**self).allocation(offset, length)
+    }
+
+    fn below(&self) -> Option<&dyn BlockDevice> {
+        (**self).below()
     }
 
     fn start_writeback(&self, offset: u64, length: u64) -> Result<(), DiskError> {

@@ -533,7 +533,7 @@ impl Claimer {
 }
 
 /// The part of a lease that fills a disk while guests are held.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Filler {
     node: Arc<Node>,
 }

@@ -520,6 +520,10 @@ impl BlockDevice for RawDisk {
         })
     }
 
+    fn below(&self) -> Option<&dyn BlockDevice> {
+        None
+    }
+
     fn start_writeback(&self, offset: u64, length: u64) -> Result<(), DiskError> {
         self.check("write back", offset, length)?;
         // The kernel takes a length of 0 for "to the end of the file".

@@ -534,7 +534,6 @@ impl BlockDevice for MemoryDisk {
         })
     }
 
-    /// Nothing lies below.
     fn allocation(&self, offset: u64, length: u64) -> Result<Allocation, DiskError> {
         self.carry_out(Operation::Allocation, offset, length, |_, length| {
             Ok(Allocation {
@@ -542,6 +541,10 @@ impl BlockDevice for MemoryDisk {
                 is_own: true,
             })
         })
+    }
+
+    fn below(&self) -> Option<&dyn BlockDevice> {
+        None
     }
 
     fn start_writeback(&self, offset: u64, length: u64) -> Result<(), DiskError> {

@@ -213,6 +213,10 @@ impl BlockDevice for Qcow2Disk {
             .map_err(failed("allocation", offset, length))
     }
 
+    fn below(&self) -> Option<&dyn BlockDevice> {
+        self.backing.as_deref()
+    }
+
     fn start_writeback(&self, offset: u64, length: u64) -> Result<(), DiskError> {
         let _operation = self.operation();
         if self.read_only {

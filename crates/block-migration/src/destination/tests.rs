@@ -1,6 +1,7 @@
 use vmferry_disk::simulated::{Logged, MemoryDisk, Operation as Kind};
 use vmferry_disk::{
-    Allocation, Cached, DiskError, Extent, Hold, Lease, Limits as DiskLimits, Node, Unmap,
+    Allocation, BlockDevice, Cached, DiskError, Extent, Hold, Lease, Limits as DiskLimits, Node,
+    Unmap,
 };
 use vmferry_stream::{Name, RamRecord};
 
@@ -365,6 +366,7 @@ fn the_last_block_of_an_odd_disk_tells_its_length() {
 /// and not at all from some bytes on.
 struct Overlay {
     disk: MemoryDisk,
+    base: MemoryDisk,
     own: Vec<Range<u64>>,
     fails_from: u64,
 }
@@ -409,6 +411,9 @@ impl BlockDevice for Overlay {
         let is_own = is_own(offset);
         Ok(Allocation { length, is_own })
     }
+    fn below(&self) -> Option<&dyn BlockDevice> {
+        Some(&self.base)
+    }
     fn start_writeback(&self, offset: u64, length: u64) -> Result<(), DiskError> {
         self.disk.start_writeback(offset, length)
     }
@@ -423,6 +428,7 @@ fn overlay(length: u64, own: &[(u64, u64)], fails_from: u64) -> Target {
         let own = own.clone();
         Box::new(Overlay {
             disk,
+            base: MemoryDisk::new(length / 2),
             own,
             fails_from,
         })
@@ -503,4 +509,32 @@ fn a_qemu_that_ends_an_incremental_first_pass_in_the_middle_is_noticed() {
         );
         assert_eq!(end_after(early, true), Ok(()), "ours cannot");
     }
+}
+
+/// An earlier attempt has left it there, and the source has no need to send it.
+#[test]
+fn what_reads_as_the_base_does_need_not_come() {
+    let length = 4 * MIB + 512;
+    let mut target = overlay(length, &[(0, length)], u64::MAX);
+    // The base ends after two blocks and a bit; behind that zeroes show through.
+    target.memories[0].fill(0, &vec![0; length as usize]);
+    target.memories[0].fill(3 * MIB - 1, &[1]);
+    let error = target
+        .destination
+        .end()
+        .expect_err("one differs")
+        .to_string();
+    assert!(
+        error.contains(&format!("first at byte {}", 2 * MIB)),
+        "{error}"
+    );
+    target.memories[0].fill(3 * MIB - 1, &[0]);
+    target.memories[0].fail(Kind::Read, 1, 5);
+    let error = target
+        .destination
+        .end()
+        .expect_err("unreadable")
+        .to_string();
+    assert!(error.contains("read at byte"), "{error}");
+    target.destination.end().expect("the same");
 }

@@ -22,6 +22,8 @@ pub(crate) struct SimDisk {
     pub(crate) length: u64,
     /// Offsets of the cells, ascending.
     pub(crate) cells: Vec<u64>,
+    /// What shows through, for a disk that lies over another.
+    pub(crate) base: Option<Handle>,
     state: Mutex<State>,
     /// Lets time pass around allocation queries.
     world: OnceLock<Weak<Mutex<World>>>,
@@ -32,14 +34,45 @@ struct State {
     durable: Vec<u8>,
     /// Cells that a flush has to save.
     unflushed: Vec<bool>,
+    /// Pieces that are not known to be zero.
     allocated: Vec<bool>,
+    /// Pieces that do not show what lies below.
+    own: Vec<bool>,
     /// So many changes and flushes from now on, one fails.
     fails_in: Option<u32>,
     changes: u64,
 }
 
 impl SimDisk {
-    pub(crate) fn new(length: u64) -> Arc<Self> {
+    /// A disk of zeroes, or an empty one over another of its length.
+    pub(crate) fn over(length: u64, base: Option<Handle>) -> Arc<Self> {
+        let cells = Self::cells_of(length);
+        let pieces = usize::try_from(length.div_ceil(PIECE_BYTES)).expect("small");
+        let content = base.as_ref().map(|base| base.0.image());
+        let content = content.unwrap_or_else(|| vec![0; cells.len()]);
+        let mut allocated = vec![false; pieces];
+        for (cell, byte) in cells.iter().zip(&content) {
+            allocated[usize::try_from(cell / PIECE_BYTES).expect("small")] |= *byte != 0;
+        }
+        Arc::new(Self {
+            length,
+            state: Mutex::new(State {
+                durable: content.clone(),
+                volatile: content,
+                unflushed: vec![false; cells.len()],
+                allocated,
+                own: vec![base.is_none(); pieces],
+                fails_in: None,
+                changes: 0,
+            }),
+            base,
+            cells,
+            world: OnceLock::new(),
+        })
+    }
+
+    /// Where a disk of this length has cells.
+    fn cells_of(length: u64) -> Vec<u64> {
         let mut cells = Vec::new();
         for chunk in 0..Chunk::count(length) {
             let start = chunk * CHUNK_BYTES;
@@ -58,21 +91,7 @@ impl SimDisk {
         cells.retain(|cell| *cell < length);
         cells.sort_unstable();
         cells.dedup();
-        let count = cells.len();
-        let pieces = usize::try_from(length.div_ceil(PIECE_BYTES)).expect("small");
-        Arc::new(Self {
-            length,
-            cells,
-            state: Mutex::new(State {
-                volatile: vec![0; count],
-                durable: vec![0; count],
-                unflushed: vec![false; count],
-                allocated: vec![false; pieces],
-                fails_in: None,
-                changes: 0,
-            }),
-            world: OnceLock::new(),
-        })
+        cells
     }
 
     pub(crate) fn attach(&self, world: &Arc<Mutex<World>>) {
@@ -115,6 +134,7 @@ impl SimDisk {
         state.put(cell, value);
         let piece = usize::try_from(self.cells[cell] / PIECE_BYTES).expect("small");
         state.allocated[piece] = true;
+        state.own[piece] = true;
     }
 
     /// Bytes at the cells of a block that begins at `start`.
@@ -155,7 +175,9 @@ impl SimDisk {
             bytes.start <= start && (start + PIECE_BYTES).min(self.length) <= bytes.end
         };
         for piece in 0..state.allocated.len() {
+            let start = piece as u64 * PIECE_BYTES;
             state.allocated[piece] &= !whole(piece);
+            state.own[piece] |= start < bytes.end && bytes.start < start + PIECE_BYTES;
         }
     }
 }
@@ -182,6 +204,7 @@ pub(crate) fn failed(operation: &'static str, offset: u64, length: u64) -> DiskE
 }
 
 /// What goes into a node; the test keeps the disk.
+#[derive(Clone)]
 pub(crate) struct Handle(pub(crate) Arc<SimDisk>);
 
 impl BlockDevice for Handle {
@@ -220,6 +243,7 @@ impl BlockDevice for Handle {
                 state.put(cell, buf[usize::try_from(at).expect("small")]);
                 let piece = usize::try_from(disk.cells[cell] / PIECE_BYTES).expect("small");
                 state.allocated[piece] = true;
+                state.own[piece] = true;
             }
         })
     }
@@ -278,9 +302,38 @@ impl BlockDevice for Handle {
         Ok(extent)
     }
 
-    fn allocation(&self, _offset: u64, length: u64) -> Result<Allocation, DiskError> {
-        let is_own = true;
-        Ok(Allocation { length, is_own })
+    /// As guests go on around a look at the status. The destination's disks belong to no world.
+    fn allocation(&self, offset: u64, length: u64) -> Result<Allocation, DiskError> {
+        let first = usize::try_from(offset / PIECE_BYTES).expect("small");
+        let look = |state: &State, pieces_max: usize| {
+            let is_own = state.own[first];
+            let same = state.own[first..].iter().take_while(|own| **own == is_own);
+            let same = same.take(pieces_max).count() as u64;
+            let end = ((first as u64 + same) * PIECE_BYTES).min(offset + length);
+            let length = end - offset;
+            Allocation { length, is_own }
+        };
+        let Some(world) = self.0.world.get().and_then(Weak::upgrade) else {
+            return Ok(look(&self.0.state(), usize::MAX));
+        };
+        World::pass_time(&world);
+        let (allocation, fails) = {
+            let mut world = crate::world::lock(&world);
+            let pieces_max = if world.rng.bool() { usize::MAX } else { 1 };
+            let allocation = look(&self.0.state(), pieces_max);
+            world.looked_at(&self.0, offset..offset + allocation.length);
+            (allocation, world.rng.u8(..50) == 0)
+        };
+        World::pass_time(&world);
+        match fails {
+            true => Err(failed("allocation", offset, length)),
+            false => Ok(allocation),
+        }
+    }
+
+    fn below(&self) -> Option<&dyn BlockDevice> {
+        let below: &dyn BlockDevice = self.0.base.as_ref()?;
+        Some(below)
     }
 
     fn start_writeback(&self, _offset: u64, _length: u64) -> Result<(), DiskError> {

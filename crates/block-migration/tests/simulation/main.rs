@@ -119,9 +119,10 @@ struct Report {
 fn schedule(seed: u64) -> Report {
     let mut rng = Rng::with_seed(seed);
     let world = World::new(rng.fork());
-    let lengths: Vec<u64> = lock(&world).sides.iter().map(|s| s.disk.length).collect();
-    let targets = Targets::new(&lengths, &mut rng);
-    let faults = Faults::seeded(&mut rng, lengths.iter().sum());
+    let disks: Vec<_> = lock(&world).sides.iter().map(|s| s.disk.clone()).collect();
+    let targets = Targets::new(&disks, &mut rng);
+    let disk_bytes = disks.iter().map(|disk| disk.length).sum();
+    let faults = Faults::seeded(&mut rng, disk_bytes);
     let (outcome, state) = migrate(&world, &targets, &faults, &mut rng);
     match outcome {
         Outcome::Completed | Outcome::LostButArrived => assert_eq!(state, State::Arrived),

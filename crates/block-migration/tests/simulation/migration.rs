@@ -125,7 +125,7 @@ impl<'a> Run<'a> {
         let buffers = rng.usize(1..6);
         let options = SourceOptions {
             zero_blocks: rng.u8(..4) > 0,
-            incremental: false,
+            incremental: lock(world).incremental,
             buffer_budget_bytes: buffers * CHUNK_BYTES as usize,
         };
         let leases: Vec<Lease> = {

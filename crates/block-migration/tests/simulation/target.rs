@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use fastrand::Rng;
 use vmferry_block_migration::{Coverage, Destination, SECTION_NAME, SECTION_VERSION, Syncer};
@@ -16,16 +17,25 @@ use crate::wire::{Link, Piece};
 pub(crate) struct Targets {
     pub(crate) disks: Vec<Arc<SimDisk>>,
     pub(crate) nodes: Vec<Arc<Node>>,
+    coverage: Coverage,
 }
 
 impl Targets {
-    /// Disks of these lengths, with something old on them.
-    pub(crate) fn new(lengths: &[u64], rng: &mut Rng) -> Self {
-        let disks: Vec<_> = lengths.iter().map(|length| SimDisk::new(*length)).collect();
+    /// Disks like these, with something old on them; or empty ones over the same bases.
+    pub(crate) fn new(sources: &[Arc<SimDisk>], rng: &mut Rng) -> Self {
+        let like = |source: &Arc<SimDisk>| SimDisk::over(source.length, source.base.clone());
+        let disks: Vec<_> = sources.iter().map(like).collect();
+        let is_over_bases = |disk: &Arc<SimDisk>| disk.base.is_some();
+        let coverage = match disks.iter().any(is_over_bases) {
+            true => Coverage::Incremental,
+            false => Coverage::Whole,
+        };
         let mut nodes = Vec::new();
         for (index, disk) in disks.iter().enumerate() {
             for cell in 0..disk.cells.len() {
-                disk.place(cell, rng.u8(..));
+                if coverage == Coverage::Whole {
+                    disk.place(cell, rng.u8(..));
+                }
             }
             let name = format!("disk{index}");
             nodes.push(Node::new(
@@ -34,7 +44,11 @@ impl Targets {
                 Hold::Writes,
             ));
         }
-        Self { disks, nodes }
+        Self {
+            disks,
+            nodes,
+            coverage,
+        }
     }
 }
 
@@ -65,8 +79,10 @@ impl Target {
         let lease = |node: &Arc<Node>| node.lease("an incoming migration").expect("free");
         let leases: Vec<Lease> = targets.nodes.iter().map(lease).collect();
         let fillers = leases.iter().map(Lease::filler).collect();
-        let destination =
-            Destination::without_thread(fillers, Coverage::Whole).expect("good disks");
+        let destination = Destination::without_thread(fillers, targets.coverage);
+        let destination = destination.expect("good disks");
+        let stats = destination.stats();
+        stats.source_is_ours.store(true, Ordering::Relaxed);
         let syncer = destination.syncer();
         let mut registry = Registry::new();
         registry

@@ -87,6 +87,8 @@ pub(crate) struct World {
     pub(crate) writes_left: u32,
     pub(crate) buffers_max: usize,
     pub(crate) zero_blocks: bool,
+    /// The disks lie over bases that both ends have, and only what lies in them is sent.
+    pub(crate) incremental: bool,
     pub(crate) figures: Figures,
     /// So many reads from now on, one fails.
     pub(crate) read_fails_in: Option<u32>,
@@ -100,6 +102,7 @@ pub(crate) struct World {
 
 impl World {
     pub(crate) fn new(mut rng: Rng) -> Arc<Mutex<Self>> {
+        let incremental = rng.u8(..3) == 0;
         let sides: Vec<Side> = (0..rng.usize(1..=3))
             .map(|index| {
                 let length = match rng.u8(..6) {
@@ -108,7 +111,9 @@ impl World {
                     2 => CHUNK_BYTES * rng.u64(0..4) + 512 * rng.u64(1..2048),
                     _ => rng.u64(1..4 * CHUNK_BYTES),
                 };
-                Side::new(&format!("disk{index}"), SimDisk::new(length), &mut rng)
+                let base = incremental.then(|| base(length, &mut rng));
+                let disk = SimDisk::over(length, base);
+                Side::new(&format!("disk{index}"), disk, &mut rng)
             })
             .collect();
         let guests = (0..rng.usize(0..4)).map(|_| Guest::Idle).collect();
@@ -118,6 +123,7 @@ impl World {
             writes_left: rng.u32(0..40),
             buffers_max: 1,
             zero_blocks: true,
+            incremental,
             figures: Figures::default(),
             read_fails_in: None,
             guests,
@@ -138,7 +144,10 @@ impl World {
     pub(crate) fn new_migration(&mut self) {
         self.open.clear();
         for side in &mut self.sides {
-            side.shadow.fill(0);
+            match &side.disk.base {
+                Some(base) => side.shadow = base.0.image(),
+                None => side.shadow.fill(0),
+            }
             side.frames.fill(0);
             side.looked_at.fill(false);
         }
@@ -352,8 +361,9 @@ impl Side {
             vmferry_disk::Hold::Nothing,
         );
         let density = rng.u8(..4);
+        let of = if disk.base.is_some() { 16 } else { 4 };
         for cell in 0..disk.cells.len() {
-            if rng.u8(..4) < density {
+            if rng.u8(..of) < density {
                 disk.place(cell, rng.u8(..));
             }
         }
@@ -377,6 +387,15 @@ impl Side {
     pub(crate) fn is_dirty(&self, chunk: u64) -> bool {
         self.node.dirty().next_dirty(Chunk(chunk)) == Some(Chunk(chunk))
     }
+}
+
+/// A base: a half is zero, most of that together.
+fn base(length: u64, rng: &mut Rng) -> Handle {
+    let base = SimDisk::over(length, None);
+    for cell in 0..rng.usize(..=base.cells.len()) {
+        base.place(cell, rng.u8(..));
+    }
+    Handle(base)
 }
 
 /// Reads that take virtual time and end in any order.

@@ -336,12 +336,12 @@ fn parameters_are_kept_and_bounded() {
     let mut qmp = daemon.qmp();
     let before = qmp.run("query-migrate-parameters", json!({}));
     let defaults = json!({
-        "max-bandwidth": 0, "downtime-limit": 300,
+        "max-bandwidth": 0, "downtime-limit": 300, "block-incremental": false,
         "announce-initial": 50, "announce-max": 550, "announce-rounds": 5, "announce-step": 100,
     });
     assert_eq!(before, defaults);
     let longest = json!({
-        "downtime-limit": 2_000_000, "max-bandwidth": 1000,
+        "downtime-limit": 2_000_000, "max-bandwidth": 1000, "block-incremental": true,
         "announce-initial": 100_000, "announce-max": 100_000, "announce-rounds": 1000,
         "announce-step": 10_000,
     });
@@ -364,7 +364,7 @@ fn parameters_are_kept_and_bounded() {
         (json!({"announce-step": 0}), announce("step", 10_000)),
         // All or nothing.
         (
-            json!({"max-bandwidth": 7, "announce-step": 1, "announce-max": 100_001}),
+            json!({"max-bandwidth": 7, "block-incremental": false, "announce-step": 1, "announce-max": 100_001}),
             announce("max", 100_000),
         ),
     ] {
@@ -374,7 +374,7 @@ fn parameters_are_kept_and_bounded() {
     }
     let least = json!({
         "announce-initial": 0, "announce-max": 0, "announce-rounds": 0, "announce-step": 1,
-        "downtime-limit": 0, "max-bandwidth": 0,
+        "downtime-limit": 0, "max-bandwidth": 0, "block-incremental": false,
     });
     qmp.run("migrate-set-parameters", least.clone());
     assert_eq!(qmp.run("query-migrate-parameters", json!({})), least);
@@ -389,9 +389,21 @@ fn parameters_are_kept_and_bounded() {
         .as_array()
         .unwrap()
     {
-        let on = capability["capability"] == "return-path";
+        let on = ["return-path", "block"].contains(&capability["capability"].as_str().unwrap());
         assert_eq!(capability["state"], on, "{capability}");
     }
+    let block = |state: bool| {
+        json!({"capabilities": [
+            {"capability": "zero-blocks", "state": true},
+            {"capability": "block", "state": state},
+        ]})
+    };
+    let error = qmp.refused("migrate-set-capabilities", block(false));
+    assert!(error.contains("'block' cannot be off"), "{error}");
+    let now = qmp.run("query-migrate-capabilities", json!({}));
+    let zero_blocks = json!({"capability": "zero-blocks", "state": false});
+    assert!(now.as_array().unwrap().contains(&zero_blocks), "{now}");
+    qmp.run("migrate-set-capabilities", block(true));
 }
 
 #[test]
@@ -664,4 +676,40 @@ fn two_disks_of_a_name_are_refused() {
     };
     let error = Daemon::start(config).unwrap_err().to_string();
     assert!(error.contains("'a'"), "{error}");
+}
+
+/// What comes incrementally is refused where nobody said that it may; disks without bases come whole
+/// all the same.
+#[test]
+fn an_incremental_migration_needs_leave_on_both_sides() {
+    let (source, destination) = (Host::new(), Host::new());
+    let content = random(31, 3 * MIB);
+    source.make("root", &content);
+    destination.make("root", &vec![0; content.len()]);
+    let settings = Settings {
+        incoming: true,
+        ..Settings::default()
+    };
+    let from = source.start(&["root"], &Settings::default());
+    let to = destination.start(&["root"], &settings);
+    let (mut here, mut there) = (from.patient_qmp(), to.qmp());
+    let uri = to.incoming.clone().unwrap().to_string();
+    here.run("migrate", json!({"uri": uri, "inc": true}));
+    let info = there.wait_status(&[MigrationStatus::Failed]);
+    let why = info.error_desc.unwrap_or_default();
+    assert!(
+        why.contains("only what lies in its disks' top layers"),
+        "{why}"
+    );
+    let info = here.wait_status(&OVER);
+    assert_eq!(info.status, Some(MigrationStatus::Failed), "{info:?}");
+
+    there.run("migrate-set-parameters", json!({"block-incremental": true}));
+    here.run("migrate-set-parameters", json!({"block-incremental": true}));
+    here.run("migrate", json!({"uri": uri}));
+    let info = here.wait_status(&OVER);
+    assert_eq!(info.status, Some(MigrationStatus::Completed), "{info:?}");
+    let mut now = vec![0; content.len()];
+    to.nbd("root").read(0, &mut now).unwrap();
+    assert!(now == content);
 }

@@ -429,6 +429,10 @@ impl BlockDevice for Fragile {
     fn allocation(&self, offset: u64, length: u64) -> Result<Allocation, DiskError> {
         self.disk.allocation(offset, length)
     }
+    fn below(&self) -> Option<&dyn BlockDevice> {
+        None
+    }
+
     fn start_writeback(&self, offset: u64, length: u64) -> Result<(), DiskError> {
         self.disk.start_writeback(offset, length)
     }

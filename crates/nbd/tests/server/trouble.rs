@@ -687,6 +687,10 @@ impl BlockDevice for Panicking {
         Ok(Allocation { length, is_own })
     }
 
+    fn below(&self) -> Option<&dyn BlockDevice> {
+        None
+    }
+
     fn start_writeback(&self, _: u64, _: u64) -> Result<(), DiskError> {
         Ok(())
     }
