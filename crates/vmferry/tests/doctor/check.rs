@@ -167,6 +167,30 @@ fn leaks_are_listed_and_freed() {
     printed(&check(&[], &image.path), 0);
 }
 
+/// All findings are counted; of each kind 1000 are described.
+#[test]
+fn many_findings_are_counted_and_the_first_are_described() {
+    let image = need!(Image::new());
+    let length = image.path.metadata().expect("an image").len();
+    let behind = image.refcount_block + length.div_ceil(CLUSTER) * 2;
+    for leaks in [1000, 1001] {
+        image.write(behind, &[0, 1].repeat(leaks));
+        let (report, status) = report(&[], &image.path);
+        assert_eq!(status, 1);
+        assert_eq!(report["found"]["leak"], leaks, "{}", report["found"]);
+        let described = report["findings"].as_array().map(Vec::len);
+        assert_eq!(described, Some(1000));
+        let text = printed(&check(&[], &image.path), 1);
+        assert!(
+            text.contains(&format!("\n  and {} more\n", leaks - 5)),
+            "{text}"
+        );
+    }
+    let (left, status) = report(&["--repair", "leaks"], &image.path);
+    assert_eq!(status, 0, "{}", left["left"]);
+    need!(image::assert_clean(&image.path));
+}
+
 /// A kind of damage, what it is called, and whether `--repair all` can make it good without touching data.
 type Damage = (&'static str, fn(&Image), bool);
 

@@ -74,10 +74,7 @@ impl Machine {
             .replace(',', ",,");
         self.command.args([
             "-drive",
-            &format!(
-                "file={path},format={},if=virtio,id={name},discard=unmap",
-                format.name()
-            ),
+            &format!("file={path},format={},if=virtio,id={name}", format.name()),
         ]);
         self
     }
