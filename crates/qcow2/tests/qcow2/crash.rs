@@ -416,7 +416,7 @@ fn run(seed: u64, shape: Shape) -> usize {
     for cut in 0..=history.log.len() {
         let pending = &history.log[flushed_until..cut];
         // Large images are looked at now and then.
-        for _ in 0..if rng.usize(..history.log.len()) < CUTS_MAX {
+        for _ in 0..if rng.usize(..history.log.len().max(1)) < CUTS_MAX {
             2
         } else {
             0
