@@ -7,6 +7,7 @@ mod hostile;
 mod interop;
 mod model;
 mod snapshot_crash;
+mod snapshot_hostile;
 mod snapshots;
 mod support;
 mod threads;
