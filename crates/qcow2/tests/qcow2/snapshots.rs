@@ -3,6 +3,8 @@
 use std::io::{Read, Write};
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 
 use vmferry_disk::BlockDevice;
 use vmferry_inspect::{Event, VisitError, Visitor, walk};
@@ -616,4 +618,71 @@ fn version_2_has_snapshots_too() {
     let path = folder.path("image.qcow2");
     file.bytes().to_file(Path::new(&path));
     assert!(content_by_qemu(&folder, &path, "a") == [1; 1 << 20]);
+}
+
+/// Each thread counts up in two clusters, one after the other: no snapshot may hold the second
+/// number without the first, or a torn one.
+#[test]
+fn a_snapshot_is_of_one_moment_of_all_threads() {
+    const CLUSTER: u64 = 4096;
+    let options = CreateOptions {
+        cluster_bits: CLUSTER.ilog2(),
+        ..CreateOptions::new(64 * CLUSTER)
+    };
+    let (file, disk) = new_disk(&options);
+    let stop = AtomicBool::new(false);
+    let pair = |owner: u64| (owner * 8 * CLUSTER, (owner * 8 + 5) * CLUSTER);
+    let number = |disk: &Qcow2Disk, at: u64| {
+        let mut cluster = [0; CLUSTER as usize];
+        disk.read_at(&mut cluster, at).unwrap();
+        let (numbers, _) = cluster.as_chunks::<4>();
+        assert!(numbers.iter().all(|number| *number == numbers[0]), "torn");
+        u32::from_le_bytes(numbers[0])
+    };
+    let mut states = Vec::new();
+    thread::scope(|scope| {
+        for owner in 0..3 {
+            let (disk, stop) = (&disk, &stop);
+            scope.spawn(move || {
+                let (first, second) = pair(owner);
+                for count in 1_u32.. {
+                    let cluster = count.to_le_bytes().repeat(CLUSTER as usize / 4);
+                    disk.write_at(&cluster, first).unwrap();
+                    disk.write_at(&cluster, second).unwrap();
+                    if count % 50 == 0 {
+                        disk.flush().unwrap();
+                    }
+                    if stop.load(Ordering::Relaxed) {
+                        return;
+                    }
+                }
+            });
+        }
+        for round in 0..60_u8 {
+            let name = format!("s{round}");
+            let state = vec![round + 1; 10_000];
+            create_with_state(&disk, &name, &state);
+            states.push((name, state));
+            if round % 3 == 2 {
+                let (name, _) = states.remove(usize::from(round) % states.len());
+                disk.delete_snapshot(&name).unwrap();
+            }
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    let mut before = [0; 3];
+    for (name, state) in &states {
+        assert!(read_state(&disk, name) == *state, "{name}");
+        disk.apply_snapshot(name).unwrap();
+        for (owner, before) in (0..3).zip(&mut before) {
+            let (first, second) = pair(owner);
+            let (first, second) = (number(&disk, first), number(&disk, second));
+            assert!(first == second || first == second + 1, "{first}, {second}");
+            assert!(second >= *before, "{name} is older than the one before");
+            *before = second;
+        }
+    }
+    assert!(before.iter().any(|count| *count > 0));
+    disk.close().unwrap();
+    assert_clean(&file);
 }
