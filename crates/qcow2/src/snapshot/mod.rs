@@ -185,7 +185,8 @@ impl Qcow2Disk {
         let geometry = self.geometry;
         let first = geometry.cluster_of(removed.l1_offset);
         let count = geometry.clusters(u64::from(removed.l1_entries) * 8);
-        self.free_if_unguarded(first..first + count)?;
+        let freed = self.free_if_unguarded(first..first + count);
+        logged("clusters are leaked", freed);
         logged("clusters are leaked", self.write_back_all());
         logged("COPIED flags are not set", self.set_copied());
         logged("COPIED flags are not set", self.write_back_all());
@@ -388,7 +389,8 @@ impl Qcow2Disk {
         Ok(l1)
     }
 
-    /// Drop what lies behind the end of the disk.
+    /// Drop what lies behind the end of the disk. Where QEMU keeps the L2 tables and makes their
+    /// entries zeroes, they go as a whole here: no reader can tell, and nothing has to be copied.
     fn drop_vm_state(&self) -> Result<(), Error> {
         let start = self.geometry.vm_state_start(self.disk_bytes());
         self.drop_clusters_from(GuestCluster(start >> self.geometry.cluster_bits))
