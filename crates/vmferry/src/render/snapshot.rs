@@ -28,7 +28,7 @@ pub(crate) fn table(
         let disk = Shown(&partial.disk);
         writeln!(
             out,
-            "\nOnly on some disks, among them {disk}, and not applied:"
+            "\nOn {disk} and not on all, so they cannot be applied:"
         )?;
         rows(&partial.snapshots, true, palette, out)?;
     }

@@ -10,3 +10,4 @@ mod extract;
 mod inspect;
 mod outcome;
 mod schema;
+mod snapshot;
