@@ -10,7 +10,7 @@ mod reporter;
 
 use std::io::Read;
 
-use vmferry_stream::{Configuration, Ending, Section, SectionId};
+use vmferry_stream::{Configuration, Ending, Section};
 use vmferry_vmstate::{BodyError, DeviceLayout, SavedBody, VmDescription};
 
 use crate::container::Container;
@@ -222,12 +222,6 @@ impl Report {
     #[must_use]
     pub fn ending(&self) -> Option<Ending> {
         self.end.as_ref().ok().map(|finish| finish.ending)
-    }
-
-    /// The device whose section has this id.
-    #[must_use]
-    pub fn device_of(&self, id: SectionId) -> Option<&DeviceReport> {
-        self.devices.iter().find(|device| device.section.id == id)
     }
 }
 

@@ -178,7 +178,7 @@ pub fn walk(input: impl Read, visitor: &mut impl Visitor) -> Result<Finish, Walk
             ..Options::default()
         }),
         base,
-        described: Described::NotYet,
+        is_described: false,
         visitor,
     };
     walk.records()
@@ -189,15 +189,9 @@ struct Walk<'v, R, V> {
     decoder: Decoder,
     /// Where the decoder's first byte stands in the input.
     base: u64,
-    described: Described,
+    /// The description has been told.
+    is_described: bool,
     visitor: &'v mut V,
-}
-
-/// What is known of the description.
-enum Described {
-    NotYet,
-    /// It has been told.
-    Told,
 }
 
 impl<R: Read, V: Visitor> Walk<'_, R, V> {
@@ -335,8 +329,8 @@ impl<R: Read, V: Visitor> Walk<'_, R, V> {
         if !is_whole {
             return self.truncated();
         }
-        if let Described::NotYet = self.described {
-            self.described = Described::Told;
+        if !self.is_described {
+            self.is_described = true;
             let parsed = VmDescription::parse(&text);
             let text = &text;
             told(self.visitor.event(Event::Description(Description {
@@ -459,7 +453,7 @@ impl<R: Read, V: Visitor> Walk<'_, R, V> {
         if let Some((start, text)) = text {
             let parsed = VmDescription::parse(text);
             lengths = parsed.as_ref().ok().map(Layouts::of);
-            self.described = Described::Told;
+            self.is_described = true;
             let start = base.saturating_add(count(start));
             told(self.visitor.event(Event::Description(Description {
                 offset: start,
