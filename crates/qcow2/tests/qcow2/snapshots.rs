@@ -3,7 +3,7 @@
 use std::io::{Read, Write};
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread;
 
 use vmferry_disk::BlockDevice;
@@ -631,6 +631,7 @@ fn a_snapshot_is_of_one_moment_of_all_threads() {
     };
     let (file, disk) = new_disk(&options);
     let stop = AtomicBool::new(false);
+    let progress = AtomicU32::new(0);
     let pair = |owner: u64| (owner * 8 * CLUSTER, (owner * 8 + 5) * CLUSTER);
     let number = |disk: &Qcow2Disk, at: u64| {
         let mut cluster = [0; CLUSTER as usize];
@@ -642,13 +643,14 @@ fn a_snapshot_is_of_one_moment_of_all_threads() {
     let mut states = Vec::new();
     thread::scope(|scope| {
         for owner in 0..3 {
-            let (disk, stop) = (&disk, &stop);
+            let (disk, stop, progress) = (&disk, &stop, &progress);
             scope.spawn(move || {
                 let (first, second) = pair(owner);
                 for count in 1_u32.. {
                     let cluster = count.to_le_bytes().repeat(CLUSTER as usize / 4);
                     disk.write_at(&cluster, first).unwrap();
                     disk.write_at(&cluster, second).unwrap();
+                    progress.fetch_add(1, Ordering::Relaxed);
                     if count % 50 == 0 {
                         disk.flush().unwrap();
                     }
@@ -659,6 +661,10 @@ fn a_snapshot_is_of_one_moment_of_all_threads() {
             });
         }
         for round in 0..60_u8 {
+            let written = progress.load(Ordering::Relaxed);
+            while progress.load(Ordering::Relaxed) == written {
+                thread::yield_now();
+            }
             let name = format!("s{round}");
             let state = vec![round + 1; 10_000];
             create_with_state(&disk, &name, &state);

@@ -109,6 +109,9 @@ pub(super) fn compare_with_qemu(case: &Case, path: &dyn Fn(&str) -> String, comp
     let image = path("image.qcow2");
     // QEMU needs another user, where we may have used up what narrow refcounts can count.
     let comparable = comparable && case.options.refcount_order >= 3;
+    // QEMU does not see the last bytes of a disk that ends within a sector, and leaks their cluster
+    // when it makes the disk shorter.
+    let comparable = comparable && case.model.len().is_multiple_of(512);
     let list = qemu_img_ok(&["snapshot", "-l", &image]);
     for kept in &case.kept {
         assert!(list.contains(&kept.name), "{list}");
