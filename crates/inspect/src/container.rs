@@ -155,7 +155,7 @@ const KNOWN: [Known; 6] = [
     Known {
         magic: b"QFI\xfb",
         what: "a qcow2 image",
-        hint: "the VM state of its snapshots cannot be read from here",
+        hint: "the VM state of a snapshot in it is one (inspect --snapshot NAME)",
     },
     Known {
         magic: b"\xfd7zXZ\0",

@@ -17,7 +17,10 @@ use crate::render::style::Palette;
 
 pub(crate) fn run(flags: &InspectFlags) -> Result<Exit, Failure> {
     let description = flags.description.as_ref().map(description_of).transpose()?;
-    let mut report = read(&flags.file)?;
+    let mut report = match &flags.snapshot {
+        Some(snapshot) => read_snapshot(&flags.file, snapshot)?,
+        None => read(&flags.file)?,
+    };
     if let Some(description) = description {
         report.describe_by(description);
     }
@@ -39,6 +42,18 @@ pub(crate) fn run(flags: &InspectFlags) -> Result<Exit, Failure> {
         text.flush()?;
     }
     verdict(&flags.file, &report, &shown)
+}
+
+/// Read the VM state of a snapshot.
+fn read_snapshot(file: &StreamFile, snapshot: &str) -> Result<Report, Failure> {
+    let image = super::snapshot::image(file.path()?, true)?;
+    let state = image.vm_state_reader(snapshot);
+    let state = state.map_err(|error| file.unreadable(error))?;
+    if state.length() == 0 {
+        let why = format!("snapshot '{snapshot}' holds no VM state");
+        return Err(file.unreadable(why));
+    }
+    Ok(Report::of(state))
 }
 
 /// Read a stream. What is no stream at all is refused.

@@ -63,7 +63,8 @@ impl Images {
     }
 }
 
-fn image(path: &Path, read_only: bool) -> Result<Qcow2Disk, Failure> {
+/// Open an image that nobody else uses.
+pub(super) fn image(path: &Path, read_only: bool) -> Result<Qcow2Disk, Failure> {
     let options = ChainOptions {
         read_only,
         lock: true,

@@ -21,6 +21,7 @@ use super::stream_file::StreamFile;
   vmferry inspect guest.migration
   vmferry inspect --device 'virtio*' --offsets guest.migration
   xz -dc guest.migration.xz | vmferry inspect -
+  vmferry inspect root.qcow2 --snapshot before-update
   vmferry inspect --json guest.migration | jq '.ram.blocks[] | {name, data}'
 
 Exit status:
@@ -44,6 +45,9 @@ pub(crate) struct InspectFlags {
     /// none: of the same machine and QEMU version
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, value_parser = stream_file())]
     pub(crate) description: Option<StreamFile>,
+    /// FILE is a qcow2 image: show the machine's state in this snapshot (its id or name)
+    #[arg(long, value_name = "NAME")]
+    pub(crate) snapshot: Option<String>,
     /// Print one JSON object
     #[arg(long)]
     pub(crate) json: bool,

@@ -23,6 +23,15 @@ impl StreamFile {
         self.0 == Path::new("-")
     }
 
+    /// Its path, for what cannot come from a pipe.
+    pub(crate) fn path(&self) -> Result<&Path, Failure> {
+        if self.is_stdin() {
+            let message = "standard input cannot be an image";
+            return Err(Failure::usage(message));
+        }
+        Ok(&self.0)
+    }
+
     /// Open it for reading.
     pub(crate) fn open(&self) -> Result<Box<dyn Read>, Failure> {
         if self.is_stdin() {

@@ -94,6 +94,15 @@ fn the_state_of_a_machine_goes_in_and_comes_out() {
     let object: Value = serde_json::from_str(&text).expect("it is JSON");
     let clock = object["whole"][0]["vm-clock-ns"].as_u64();
     assert!(clock.is_some_and(|clock| clock > 0), "{object}");
+    let shown = printed(&run(["inspect", &a, "--snapshot", "state"]), 0);
+    assert_eq!(shown, printed(&run(["inspect", &stream]), 0));
+    let none = failure(&run(["inspect", &b, "--snapshot", "state"]), 2);
+    assert!(
+        none.ends_with("snapshot 'state' holds no VM state"),
+        "{none}"
+    );
+    let none = failure(&run(["inspect", &b, "--snapshot", "other"]), 2);
+    assert!(none.contains("other"), "{none}");
     let none = failure(&run(["snapshot", "export", &b, "state", "-o", "-"]), 1);
     assert_eq!(
         none,
