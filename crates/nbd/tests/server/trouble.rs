@@ -8,7 +8,9 @@ use std::time::Duration;
 use crate::support::{Raw, Running, eventually, option, request, serve, serve_with};
 use vmferry_channel::Stop;
 use vmferry_disk::simulated::{CacheMode, MemoryDisk, Operation as Disk};
-use vmferry_disk::{Allocation, BlockDevice, Cached, DiskError, Extent, ExtentKind, Hold, Limits, Node, Unmap};
+use vmferry_disk::{
+    Allocation, BlockDevice, Cached, DiskError, Extent, ExtentKind, Hold, Limits, Node, Unmap,
+};
 use vmferry_nbd::client::{Operation, Outcome};
 use vmferry_nbd::protocol::{Command, OptionCode};
 use vmferry_nbd::{Client, ClientSettings, NbdError, Settings};
