@@ -241,7 +241,8 @@ fn a_qemu_7_2_that_ends_too_early_is_noticed() {
     let into = ["--disk", &flag, "--save", utf8(&save)];
     let mut receiver = Vmferry::start(receive.into_iter().chain(into));
     let mut source = source.disk_in(Format::Qcow2, "disk0", &pair.from).start();
-    source.limits((1 << 40, 1_000_000));
+    // Slow enough that much is left when it looks at the limit for the first time.
+    source.limits((32 << 20, 1_000_000));
     let arguments = json!({"uri": receiver.address(), "inc": true});
     source.qmp.execute("migrate", &arguments);
     let why = receiver.fails(1);
