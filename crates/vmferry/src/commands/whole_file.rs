@@ -11,6 +11,7 @@ use rustix::fs::{AtFlags, CWD, Mode, OFlags};
 
 use crate::exit::{Exit, Failure};
 use crate::flags::output_file::OutputFlags;
+use crate::output;
 
 /// Guest memory holds secrets.
 const MODE: u32 = 0o600;
@@ -81,7 +82,7 @@ impl Output {
         let (path, force) = match &self.place {
             Place::Stdout => {
                 self.file.rewind()?;
-                let mut stdout = io::stdout().lock();
+                let mut stdout = output::stdout();
                 io::copy(
                     &mut BufReader::with_capacity(1 << 18, &self.file),
                     &mut stdout,
