@@ -14,8 +14,9 @@ use super::stream_file::StreamFile;
 /// postcopy with its package, the main channel of multifd, mapped-ram files, background snapshots,
 /// streams of old machine types, files of `virsh save`.
 ///
-/// Devices are shown field by field, by the description that QEMU puts behind a stream. The content
-/// of guest memory and disks is counted and never printed.
+/// Devices are shown field by field, by the description that QEMU puts behind a stream. Guest memory
+/// and disks are counted and never printed; the buffers of devices, which may hold what a guest has
+/// written, only with --hex.
 #[derive(Debug, Args)]
 #[command(after_long_help = "Examples:
   vmferry inspect guest.migration

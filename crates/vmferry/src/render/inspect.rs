@@ -441,7 +441,7 @@ pub(crate) fn notes(report: &Report) -> Vec<String> {
         DescriptionSource::Stream => "",
     };
     for (how, by) in [
-        (Found::ByFooter, "their footers"),
+        (Found::ByFooter, "the footer behind each"),
         (
             Found::ByNextHeader,
             "the header behind them: the stream has no footers",
