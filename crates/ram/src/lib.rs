@@ -1,0 +1,21 @@
+//! The RAM of a virtual machine in a migration: the `ram` section, precopy and postcopy.
+//!
+//! A VMM says what memory its guest has ([`GuestRam`]) and how to learn what the guest writes
+//! ([`DirtyLog`]).
+//!
+//! Rules: `ram.md` and `postcopy.md` of the wire format notes.
+
+mod bitmap;
+mod block;
+mod dirty_log;
+mod guest;
+
+pub use bitmap::PageBitmap;
+pub use block::{BlockIndex, BlockLayout, LayoutError, OutOfBlock, PAGE_BYTES, RamBlock, Sharing};
+pub use dirty_log::{DirtyLog, DirtyLogError};
+pub use guest::{AnonymousRam, GuestRam, MapError};
+
+/// Name of the section.
+pub const SECTION_NAME: &str = "ram";
+/// The only version of its layout.
+pub const SECTION_VERSION: u32 = 4;
