@@ -60,10 +60,10 @@ impl AnonymousRam {
     /// # Errors
     /// The host has no memory, or a length is no multiple of the page size.
     pub fn new(blocks: &[(&str, u64)]) -> Result<Self, MapError> {
-        let mut ram = Self { blocks: Vec::new() };
+        let mut layouts = Vec::new();
         let mut guest_address = 0;
         for (idstr, bytes) in blocks {
-            let layout = BlockLayout {
+            layouts.push(BlockLayout {
                 idstr: Name::new(idstr).map_err(|error| LayoutError {
                     idstr: Name::default(),
                     reason: error.to_string(),
@@ -73,8 +73,19 @@ impl AnonymousRam {
                 page_bytes: PAGE_BYTES,
                 guest_address: Some(guest_address),
                 sharing: Sharing::Private,
-            };
+            });
             guest_address += bytes;
+        }
+        Self::with_layouts(layouts)
+    }
+
+    /// Map private blocks of normal pages, full of zeroes. Those with room to grow can be resized.
+    ///
+    /// # Errors
+    /// The host has no memory, or a layout is wrong.
+    pub fn with_layouts(layouts: Vec<BlockLayout>) -> Result<Self, MapError> {
+        let mut ram = Self { blocks: Vec::new() };
+        for layout in layouts {
             ram.blocks.push(map(layout)?);
         }
         Ok(ram)
