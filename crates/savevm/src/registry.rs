@@ -236,6 +236,21 @@ impl<'a> Registry<'a> {
         Some(self.entries.remove(place))
     }
 
+    /// Take out the live sections, as a registry of their own. At a postcopy's destination they go on
+    /// receiving while the devices are loaded.
+    #[must_use]
+    pub fn split_live(&mut self) -> Self {
+        Self {
+            entries: self
+                .entries
+                .extract_if(.., |entry| entry.is_live())
+                .collect(),
+            next_section_id: self.next_section_id,
+            blockers: Vec::new(),
+            next_blocker: 0,
+        }
+    }
+
     /// The sections in their order.
     pub fn entries(&self) -> impl Iterator<Item = &Entry<'a>> {
         self.entries.iter()

@@ -26,7 +26,7 @@ use crate::machine::Machine;
 use crate::registry::{Blocked, Registry};
 
 use flow::Flow;
-pub use postcopy::{Interrupted, Packing, Postcopy, Switching};
+pub use postcopy::{Packing, Postcopy, Switching};
 
 /// A stream could not be written.
 #[derive(Debug, thiserror::Error)]

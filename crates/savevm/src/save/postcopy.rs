@@ -36,17 +36,6 @@ pub struct Postcopy {
     flow: Box<Flow>,
 }
 
-/// The end of a postcopy could not be sent. It can be tried again on a new connection.
-#[derive(Debug, thiserror::Error)]
-#[error("{error}")]
-pub struct Interrupted {
-    /// What is still to be completed.
-    pub postcopy: Postcopy,
-    /// Why it was not.
-    #[source]
-    pub error: SaveError,
-}
-
 impl Switching {
     pub(super) fn new(flow: Box<Flow>) -> Self {
         Self { flow }
@@ -197,26 +186,13 @@ impl Postcopy {
         self.flow.pending(registry, goes_on)
     }
 
-    /// Write the END of every section that went on, and EOF.
+    /// Write the END of every section that went on, and EOF. What was lost on the way may be sent
+    /// after that, on a new connection, and the end again.
     ///
     /// # Errors
     /// A section's owner or the channel failed. The guest runs at the destination: what is left can
     /// only be sent there, on a new connection.
     pub fn complete(
-        mut self,
-        registry: &mut Registry<'_>,
-        sink: &mut dyn Sink,
-    ) -> Result<(), Box<Interrupted>> {
-        match self.try_complete(registry, sink) {
-            Ok(()) => Ok(()),
-            Err(error) => Err(Box::new(Interrupted {
-                postcopy: self,
-                error,
-            })),
-        }
-    }
-
-    fn try_complete(
         &mut self,
         registry: &mut Registry<'_>,
         sink: &mut dyn Sink,

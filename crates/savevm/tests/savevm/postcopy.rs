@@ -294,7 +294,7 @@ fn a_broken_channel_is_noticed_at_every_write() {
             .and_then(|iterating| switch(iterating, &mut registry, &mut sink))
             .and_then(|packing| packing.send_package(&stopped, &mut registry, None, &mut sink))
             .map_err(|error| error.to_string())
-            .and_then(|postcopy| {
+            .and_then(|mut postcopy| {
                 let completed = postcopy.complete(&mut registry, &mut sink);
                 completed.map_err(|error| error.to_string())
             });
@@ -326,10 +326,10 @@ fn an_interrupted_end_is_completed_on_a_new_connection() {
     let packing = switch(iterating, &mut registry, &mut sink).expect("advised");
     let running = packing.send_package(&stopped, &mut registry, None, &mut sink);
     sink.puts_left = Some(1);
-    let broken = running.expect("sent").complete(&mut registry, &mut sink);
-    let interrupted = broken.expect_err("broken");
+    let mut postcopy = running.expect("sent");
+    let broken = postcopy.complete(&mut registry, &mut sink);
     assert_eq!(
-        interrupted.to_string(),
+        broken.expect_err("broken").to_string(),
         "section 'block' instance 0: broken pipe"
     );
 
@@ -346,7 +346,6 @@ fn an_interrupted_end_is_completed_on_a_new_connection() {
     assert_eq!(machine.postcopy(), PostcopyState::Running);
 
     let mut second = Bytes::default();
-    let mut postcopy = interrupted.postcopy;
     for command in [
         Command::ReceivedBitmap(name("pc.ram")),
         Command::PostcopyResume,
@@ -361,6 +360,28 @@ fn an_interrupted_end_is_completed_on_a_new_connection() {
     assert_eq!(loaded.commands.len(), 2);
     assert_eq!(machine.postcopy(), PostcopyState::Ended);
     assert_eq!(machine.notices(), []);
+}
+
+/// As at a destination whose pages come while its devices are loaded.
+#[test]
+fn live_sections_can_be_split_off() {
+    let log = Log::default();
+    let mut registry = source(&log, 1);
+    let names = |registry: &Registry<'_>| {
+        let entries = registry.entries().map(|entry| entry.idstr().to_string());
+        entries.collect::<Vec<_>>()
+    };
+    let all = names(&registry);
+    let live = registry.split_live();
+    assert!(live.entries().all(vmferry_savevm::Entry::is_live));
+    assert!(!registry.entries().any(vmferry_savevm::Entry::is_live));
+    let (devices, live) = (names(&registry), names(&live));
+    assert!(
+        !devices.is_empty() && live.len() > 1,
+        "{devices:?} {live:?}"
+    );
+    assert!(devices.iter().chain(&live).all(|name| all.contains(name)));
+    assert_eq!(devices.len() + live.len(), all.len());
 }
 
 #[test]
