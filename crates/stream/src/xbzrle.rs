@@ -11,6 +11,137 @@
 //! Nothing stands for what stays after the last literal; no bytes at all change nothing. An encoding
 //! applies to the version of the page that its sender sent before, a page of zeroes included.
 
+/// Longest run that a length can say.
+const RUN_MAX: usize = (1 << 14) - 1;
+
+/// Unchanged bytes between two literals that are cheaper as part of one than as a skip.
+const GAP_MAX: usize = 2;
+
+/// What [`encode`] made of two versions of a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Encoded {
+    /// They are equal: nothing was appended, and nothing need be sent.
+    Unchanged,
+    /// The encoding was appended.
+    Changed,
+    /// An encoding would be longer than the page: nothing was appended, the page itself is shorter.
+    TooLong,
+}
+
+/// Append to `out` what makes `new` out of `old`, two versions of one page. At most as many bytes as
+/// the page has.
+///
+/// The shorter one decides if their lengths differ. A run of more than 16383 bytes, which no length
+/// can say, counts as too long.
+pub fn encode(old: &[u8], new: &[u8], out: &mut Vec<u8>) -> Encoded {
+    let start = out.len();
+    let bytes_max = old.len().min(new.len());
+    let (mut old, mut new) = (until(old, bytes_max), until(new, bytes_max));
+    loop {
+        let skip = equal_bytes(old, new);
+        (old, new) = (behind(old, skip), behind(new, skip));
+        if new.is_empty() {
+            break;
+        }
+        let literal = changed_bytes(old, new);
+        let bytes = until(new, literal);
+        let fits = encode_length(skip, out) && encode_length(literal, out);
+        out.extend_from_slice(bytes);
+        if !fits || out.len().saturating_sub(start) > bytes_max {
+            out.truncate(start);
+            return Encoded::TooLong;
+        }
+        (old, new) = (behind(old, literal), behind(new, literal));
+    }
+    match out.len() == start {
+        true => Encoded::Unchanged,
+        false => Encoded::Changed,
+    }
+}
+
+fn until(bytes: &[u8], count: usize) -> &[u8] {
+    bytes.get(..count).unwrap_or(bytes)
+}
+
+fn behind(bytes: &[u8], count: usize) -> &[u8] {
+    bytes.get(count..).unwrap_or_default()
+}
+
+/// False if no length can say it.
+fn encode_length(length: usize, out: &mut Vec<u8>) -> bool {
+    let [low, high] = [length & 0x7f, length >> 7].map(u8::try_from);
+    match (low, high) {
+        (Ok(low), Ok(0)) => out.push(low),
+        (Ok(low), Ok(high)) if length <= RUN_MAX => out.extend([low | 0x80, high]),
+        _ => return false,
+    }
+    true
+}
+
+/// How many bytes are equal at the beginning.
+fn equal_bytes(old: &[u8], new: &[u8]) -> usize {
+    let ((old_words, old_rest), (new_words, new_rest)) = (old.as_chunks(), new.as_chunks());
+    let mut equal: usize = 0;
+    for (old, new) in old_words.iter().zip(new_words) {
+        match differences(old, new) {
+            0 => equal = equal.saturating_add(WORD_BYTES),
+            bits => return equal.saturating_add(lowest_byte(bits)),
+        }
+    }
+    let rest = old_rest.iter().zip(new_rest);
+    equal.saturating_add(rest.take_while(|(old, new)| old == new).count())
+}
+
+/// How many bytes a literal at the beginning should have: up to a gap that is worth a skip, or to the
+/// last byte that changed.
+fn changed_bytes(old: &[u8], new: &[u8]) -> usize {
+    let (mut end, mut at): (usize, usize) = (0, 0);
+    let ((old_words, old_rest), (new_words, new_rest)) = (old.as_chunks(), new.as_chunks());
+    for (old, new) in old_words.iter().zip(new_words) {
+        let bits = differences(old, new);
+        if has_no_zero_byte(bits) {
+            at = at.saturating_add(WORD_BYTES);
+            end = at;
+            continue;
+        }
+        for byte in bits.to_le_bytes() {
+            at = at.saturating_add(1);
+            if byte != 0 {
+                end = at;
+            } else if at.saturating_sub(end) > GAP_MAX {
+                return end;
+            }
+        }
+    }
+    for (old, new) in old_rest.iter().zip(new_rest) {
+        at = at.saturating_add(1);
+        if old != new {
+            end = at;
+        } else if at.saturating_sub(end) > GAP_MAX {
+            return end;
+        }
+    }
+    end
+}
+
+const WORD_BYTES: usize = size_of::<u64>();
+
+/// Not zero where they differ; the first byte is the lowest.
+fn differences(old: &[u8; WORD_BYTES], new: &[u8; WORD_BYTES]) -> u64 {
+    u64::from_le_bytes(*old) ^ u64::from_le_bytes(*new)
+}
+
+/// Position of the lowest byte that is not zero.
+fn lowest_byte(bits: u64) -> usize {
+    usize::try_from(bits.trailing_zeros() / u8::BITS).unwrap_or(WORD_BYTES)
+}
+
+fn has_no_zero_byte(bits: u64) -> bool {
+    const ONES: u64 = u64::from_ne_bytes([0x01; WORD_BYTES]);
+    const TOPS: u64 = u64::from_ne_bytes([0x80; WORD_BYTES]);
+    bits.wrapping_sub(ONES) & !bits & TOPS == 0
+}
+
 /// Bytes that are no encoding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{fault} (byte {at} of the encoding)")]
