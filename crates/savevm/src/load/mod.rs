@@ -267,18 +267,18 @@ impl LoadMachine {
         self.load_all(stream, registry, &mut |_| Ok(()))
     }
 
-    /// Load a whole package, right after its payload was read: for a driver that needs no pages
-    /// meanwhile. `heard` is told every record in it, and may refuse.
+    /// Like [`LoadMachine::load_slice`]; `heard` is told every record, and may refuse. For the content
+    /// of a package, with the machine of [`LoadMachine::package`].
     ///
     /// # Errors
     /// See [`LoadError`].
-    pub fn load_package(
+    pub fn load_heard(
         &mut self,
         bytes: &[u8],
         registry: &mut Registry<'_>,
         mut heard: impl FnMut(&Record) -> Result<(), HandlerError>,
-    ) -> Result<(), LoadError> {
-        self.load_nested(bytes, registry, &mut heard)
+    ) -> Result<Ending, LoadError> {
+        self.load_all(bytes, registry, &mut heard)
     }
 
     fn load_nested(

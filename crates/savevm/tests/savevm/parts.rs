@@ -434,13 +434,29 @@ pub(crate) fn load_in(
                 }
                 loaded.rest.extend_from_slice(payload);
                 if let Some(Command::Packaged { .. }) = loaded.commands.last() {
-                    let package = machine.load_package(payload, registry, |_| Ok(()));
                     loaded.package = payload.to_vec();
-                    package?;
+                    load_package(machine, registry, payload)?;
                 }
             }
         }
     }
+}
+
+/// The content of a package whose announcement and payload `machine` has gone past.
+fn load_package(
+    machine: &mut LoadMachine,
+    registry: &mut Registry<'_>,
+    payload: &[u8],
+) -> Result<(), LoadError> {
+    let offset = machine.offset() - payload.len() as u64;
+    let in_package = |source| {
+        let source = Box::new(source);
+        LoadError::Package { offset, source }
+    };
+    let mut package = machine.package();
+    let loaded = package.load_heard(payload, registry, |_| Ok(()));
+    loaded.map_err(in_package)?;
+    machine.leave_package(package).map_err(in_package)
 }
 
 /// Load from a window that holds everything.
