@@ -7,13 +7,20 @@
 
 mod bitmap;
 mod block;
+mod destination;
 mod dirty_log;
 mod guest;
+mod sys;
+mod userfault;
 
 pub use bitmap::PageBitmap;
 pub use block::{BlockIndex, BlockLayout, LayoutError, OutOfBlock, PAGE_BYTES, RamBlock, Sharing};
+pub use destination::{
+    CompressedFault, PageFault, RamDestination, RamDestinationError, RamDestinationOptions,
+};
 pub use dirty_log::{DirtyLog, DirtyLogError};
 pub use guest::{AnonymousRam, GuestRam, MapError};
+pub use userfault::{Fault, Placed, Userfault, UserfaultError, check_postcopy};
 
 /// Name of the section.
 pub const SECTION_NAME: &str = "ram";
