@@ -245,7 +245,6 @@ impl Qcow2Disk {
         }
         let mut state = self.state();
         for cluster in last_users.into_iter().flatten() {
-            state.metadata.remove(&cluster);
             state.lower(&*self.storage, HostCluster(cluster));
         }
     }
@@ -254,8 +253,16 @@ impl Qcow2Disk {
     /// in runs. They keep their refcount until their space was given back: nobody gets them before.
     fn lower_shared(&self, state: &mut State, clusters: Range<u64>) -> Vec<Range<u64>> {
         let mut last_users: Vec<Range<u64>> = Vec::new();
+        if state.overlaps_metadata(clusters.clone()) {
+            // Tables that moved away are guarded no more.
+            state.guard_tables();
+        }
         for cluster in clusters {
             let count = state.refcounts.get(&*self.storage, HostCluster(cluster));
+            if matches!(count, Ok(1)) && state.metadata.contains(&cluster) {
+                tracing::warn!(cluster, "guest data lay where a table is: nothing is freed");
+                continue;
+            }
             if !matches!(count, Ok(1)) {
                 state.lower(&*self.storage, HostCluster(cluster));
                 continue;

@@ -330,6 +330,46 @@ fn nothing_is_written_over_tables() {
     assert_says(&error, &["refcounts say that the file is free"]);
 }
 
+/// A cluster of the disk that lies where a table is loses that place, but the table keeps it.
+#[test]
+fn tables_are_not_freed_with_guest_data() {
+    let header_and_more = COMPRESSED | 127 << 54;
+    for index in 0..6 {
+        for discarded in [false, true] {
+            let file = image();
+            let refcount_table = get64(&file, 48);
+            let block = get64(&file, refcount_table);
+            let l2 = l2_table(&file);
+            let place = [0, get64(&file, 40), l2, refcount_table, block, l2][index];
+            let entry = match index {
+                0 => header_and_more,
+                5 => COMPRESSED | place,
+                _ => place,
+            };
+            put(&file, l2 + 3 * 8, &entry.to_be_bytes());
+            let disk = open(&file).unwrap();
+            let changed = match discarded {
+                true => disk.discard(3 << 16, 65536),
+                false => disk.write_at(&[7; 65536], 3 << 16),
+            };
+            changed.unwrap();
+            disk.flush().unwrap();
+            // What was freed would be used now.
+            disk.flush().unwrap();
+            disk.write_at(&[8; 8 << 16], 4 << 16).unwrap();
+            disk.close().unwrap();
+            let disk = open(&file).unwrap();
+            let mut read = vec![0; 65536];
+            disk.read_at(&mut read, 0).unwrap();
+            assert!(read.iter().all(|byte| *byte == 1), "{index}, {discarded}");
+            disk.read_at(&mut read, 11 << 16).unwrap();
+            assert!(read.iter().all(|byte| *byte == 8), "{index}, {discarded}");
+            let report = check(&file, Repair::None).unwrap();
+            assert_eq!(report.errors, 0, "{index}, {discarded}: {report:?}");
+        }
+    }
+}
+
 #[test]
 fn compressed_clusters_end_where_a_cluster_ends() {
     let mut bomb = flate2::write::DeflateEncoder::new(Vec::new(), flate2::Compression::best());
