@@ -1,12 +1,17 @@
 //! Guest memory as a VMM hands it to us.
 
-use std::ptr::NonNull;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::ptr::{self, NonNull};
 use std::sync::Arc;
 
-use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 use vmferry_stream::Name;
 
 use crate::block::{BlockIndex, BlockLayout, LayoutError, PAGE_BYTES, RamBlock, Sharing};
+
+const READ_WRITE: ProtFlags = ProtFlags::READ.union(ProtFlags::WRITE);
 
 /// The memory of a guest: what a VMM must be able to say about it.
 pub trait GuestRam: Send + Sync {
@@ -30,10 +35,15 @@ impl<T: GuestRam + ?Sized> GuestRam for Arc<T> {
     }
 }
 
-/// Anonymous memory of this process: the simplest [`GuestRam`].
+/// Memory of this process that has no name: the simplest [`GuestRam`].
+///
+/// A private block is anonymous memory, a shared one a `memfd`, which another process can map too;
+/// both of huge pages where the layout says so.
 #[derive(Debug)]
 pub struct AnonymousRam {
     blocks: Vec<RamBlock>,
+    /// One for each block; `None` for private ones.
+    files: Vec<Option<OwnedFd>>,
 }
 
 /// Memory could not be had.
@@ -43,19 +53,24 @@ pub enum MapError {
     #[error(transparent)]
     Layout(#[from] LayoutError),
     /// The host refused.
-    #[error("RAM block '{idstr}': {bytes:#x} bytes cannot be mapped: {source}")]
+    #[error(
+        "RAM block '{idstr}': {bytes:#x} bytes in pages of {page_bytes:#x} cannot be mapped: {source}"
+    )]
     Map {
         /// The block's name.
         idstr: Name,
         /// How many.
         bytes: u64,
+        /// In pages of which size; what huge ones take must have been reserved (`vm.nr_hugepages`).
+        page_bytes: u64,
         /// What the host said.
-        source: std::io::Error,
+        source: io::Error,
     },
 }
 
 impl AnonymousRam {
-    /// Map blocks of these names and lengths, one behind the other in the guest, full of zeroes.
+    /// Map private blocks of these names and lengths, one behind the other in the guest, full of
+    /// zeroes.
     ///
     /// # Errors
     /// The host has no memory, or a length is no multiple of the page size.
@@ -79,46 +94,109 @@ impl AnonymousRam {
         Self::with_layouts(layouts)
     }
 
-    /// Map private blocks of normal pages, full of zeroes. Those with room to grow can be resized.
+    /// Map blocks, full of zeroes. Those with room to grow can be resized.
     ///
     /// # Errors
-    /// The host has no memory, or a layout is wrong.
+    /// The host has no memory, no huge pages reserved, or a layout is wrong.
     pub fn with_layouts(layouts: Vec<BlockLayout>) -> Result<Self, MapError> {
-        let mut ram = Self { blocks: Vec::new() };
-        for layout in layouts {
-            ram.blocks.push(map(layout)?);
+        Self::with_files(layouts.into_iter().map(|layout| (layout, None)).collect())
+    }
+
+    /// As [`AnonymousRam::with_layouts`], but a shared block lies in the file that is given for it,
+    /// from its beginning, and holds what is there: an [`AnonymousRam::file`] of another process.
+    ///
+    /// # Errors
+    /// As [`AnonymousRam::with_layouts`].
+    pub fn with_files(blocks: Vec<(BlockLayout, Option<OwnedFd>)>) -> Result<Self, MapError> {
+        let mut ram = Self {
+            blocks: Vec::new(),
+            files: Vec::new(),
+        };
+        for (layout, file) in blocks {
+            let (block, file) = map(layout, file)?;
+            ram.blocks.push(block);
+            ram.files.push(file);
         }
         Ok(ram)
     }
+
+    /// The file that a shared block lies in.
+    #[must_use]
+    pub fn file(&self, block: BlockIndex) -> Option<BorrowedFd<'_>> {
+        self.files.get(block.0)?.as_ref().map(AsFd::as_fd)
+    }
 }
 
-fn map(layout: BlockLayout) -> Result<RamBlock, MapError> {
-    let failed = |source: std::io::Error| MapError::Map {
-        idstr: layout.idstr.clone(),
-        bytes: layout.max_bytes,
+fn map(
+    layout: BlockLayout,
+    file: Option<OwnedFd>,
+) -> Result<(RamBlock, Option<OwnedFd>), MapError> {
+    let (idstr, max_bytes, page_bytes) =
+        (layout.idstr.clone(), layout.max_bytes, layout.page_bytes);
+    let failed = |source: io::Error| MapError::Map {
+        idstr: idstr.clone(),
+        bytes: max_bytes,
+        page_bytes,
         source,
     };
-    let bytes = usize::try_from(layout.max_bytes)
-        .map_err(|_| failed(std::io::ErrorKind::OutOfMemory.into()))?;
-    // SAFETY: the host picks a place where nothing is.
-    let start = unsafe {
-        mmap_anonymous(
-            std::ptr::null_mut(),
-            bytes,
-            ProtFlags::READ | ProtFlags::WRITE,
-            MapFlags::PRIVATE | MapFlags::NORESERVE,
-        )
+    let bytes =
+        usize::try_from(max_bytes).map_err(|_| failed(io::ErrorKind::OutOfMemory.into()))?;
+    let file = match (layout.sharing, file) {
+        (Sharing::Private, _) => None,
+        (Sharing::Shared, Some(file)) => Some(file),
+        (Sharing::Shared, None) => Some(memfd(max_bytes, page_bytes).map_err(failed)?),
+    };
+    let start = match &file {
+        // SAFETY: the host picks a place where nothing is.
+        Some(file) => unsafe {
+            let flags = MapFlags::SHARED;
+            mmap(ptr::null_mut(), bytes, READ_WRITE, flags, file, 0)
+        },
+        None => {
+            let flags = match huge_page_flag(page_bytes) {
+                0 => MapFlags::NORESERVE,
+                // Reserved, so that what is missing is missing now.
+                size => MapFlags::HUGETLB | MapFlags::from_bits_retain(size),
+            };
+            // SAFETY: the host picks a place where nothing is.
+            unsafe {
+                mmap_anonymous(
+                    ptr::null_mut(),
+                    bytes,
+                    READ_WRITE,
+                    MapFlags::PRIVATE | flags,
+                )
+            }
+        }
     };
     let start = start.map_err(|errno| failed(errno.into()))?.cast::<u8>();
-    let start =
-        NonNull::new(start).ok_or_else(|| failed(std::io::ErrorKind::OutOfMemory.into()))?;
+    let start = NonNull::new(start).ok_or_else(|| failed(io::ErrorKind::OutOfMemory.into()))?;
     // SAFETY: it was mapped just now, readable and writable, and is unmapped when the block is gone.
     let block = unsafe { RamBlock::new(layout, start) };
-    block.map_err(|error| {
+    let block = block.inspect_err(|_| {
         // SAFETY: nobody has it.
         let _ = unsafe { munmap(start.as_ptr().cast(), bytes) };
-        error.into()
-    })
+    })?;
+    Ok((block, file))
+}
+
+fn memfd(bytes: u64, page_bytes: u64) -> io::Result<OwnedFd> {
+    let huge = match huge_page_flag(page_bytes) {
+        0 => MemfdFlags::empty(),
+        size => MemfdFlags::HUGETLB | MemfdFlags::from_bits_retain(size),
+    };
+    let file = memfd_create("guest-ram", MemfdFlags::CLOEXEC | huge)?;
+    ftruncate(&file, bytes)?;
+    Ok(file)
+}
+
+/// How `mmap` and `memfd_create` are told the size of huge pages; 0 for normal ones.
+fn huge_page_flag(page_bytes: u64) -> u32 {
+    const SHIFT: u32 = 26;
+    if page_bytes == PAGE_BYTES {
+        return 0;
+    }
+    page_bytes.trailing_zeros() << SHIFT
 }
 
 impl GuestRam for AnonymousRam {
