@@ -18,7 +18,9 @@ pub use block::{BlockIndex, BlockLayout, LayoutError, OutOfBlock, PAGE_BYTES, Ra
 pub use destination::{
     CompressedFault, PageFault, RamDestination, RamDestinationError, RamDestinationOptions,
 };
-pub use dirty_log::{DirtyLog, DirtyLogError};
+pub use dirty_log::{
+    DirtyLog, DirtyLogError, KvmLog, KvmSlot, MarkedLog, Marker, UserfaultLog, report_bits,
+};
 pub use guest::{AnonymousRam, GuestRam, MapError};
 pub use userfault::{Fault, Placed, Userfault, UserfaultError, check_postcopy};
 

@@ -1,8 +1,31 @@
 //! Which pages the guest has written.
+//!
+//! | log | sees writes of | needs |
+//! |---|---|---|
+//! | [`UserfaultLog`] | vCPUs (KVM or threads), the VMM, system calls that it makes | Linux 6.7 |
+//! | [`KvmLog`] | vCPUs of KVM | a KVM VM |
+//! | [`MarkedLog`] | whoever says so | |
+//! | `VmMemoryLog` (feature `vm-memory`) | who writes through `vm-memory` | its bitmaps |
+//!
+//! A pair of logs is a log of what either sees: that of KVM and the VMM's own.
+//!
+//! None sees what devices write that the host gave to the guest (VFIO), nor what another process
+//! writes to memory that it shares (vhost-user): their VMM says so to a [`MarkedLog`]. Memory that is
+//! given back (balloon) reads as zeroes afterwards without having been written. The page may then
+//! arrive as it was before. A guest that hands out pages to a balloon must expect that; a VMM that
+//! promises it zeroes marks them.
+
+mod kvm;
+mod marked;
+mod userfault;
+
+pub use kvm::{KvmLog, KvmSlot};
+pub use marked::{MarkedLog, Marker};
+pub use userfault::UserfaultLog;
 
 use std::ops::Range;
 
-use crate::block::BlockIndex;
+use crate::block::{BlockIndex, PAGE_BYTES, RamBlock};
 use crate::guest::GuestRam;
 
 /// A dirty log failed; says what and why.
@@ -14,6 +37,15 @@ pub struct DirtyLogError {
     /// What the host said.
     #[source]
     pub source: std::io::Error,
+}
+
+impl DirtyLogError {
+    fn new(what: impl Into<String>, source: impl Into<std::io::Error>) -> Self {
+        Self {
+            what: what.into(),
+            source: source.into(),
+        }
+    }
 }
 
 /// Finds out which pages were written.
@@ -43,4 +75,82 @@ pub trait DirtyLog: Send {
 
     /// End: writes cost nothing any more.
     fn stop(&mut self, ram: &dyn GuestRam);
+}
+
+/// What one of two sees, such as KVM and the VMM. A page that both saw is reported twice.
+impl<A: DirtyLog, B: DirtyLog> DirtyLog for (A, B) {
+    fn start(&mut self, ram: &dyn GuestRam) -> Result<(), DirtyLogError> {
+        self.0.start(ram)?;
+        self.1.start(ram).inspect_err(|_| self.0.stop(ram))
+    }
+
+    fn collect(
+        &mut self,
+        ram: &dyn GuestRam,
+        dirty: &mut dyn FnMut(BlockIndex, Range<u64>),
+    ) -> Result<(), DirtyLogError> {
+        self.0.collect(ram, dirty)?;
+        self.1.collect(ram, dirty)
+    }
+
+    fn stop(&mut self, ram: &dyn GuestRam) {
+        self.0.stop(ram);
+        self.1.stop(ram);
+    }
+}
+
+impl<L: DirtyLog + ?Sized> DirtyLog for Box<L> {
+    fn start(&mut self, ram: &dyn GuestRam) -> Result<(), DirtyLogError> {
+        (**self).start(ram)
+    }
+
+    fn collect(
+        &mut self,
+        ram: &dyn GuestRam,
+        dirty: &mut dyn FnMut(BlockIndex, Range<u64>),
+    ) -> Result<(), DirtyLogError> {
+        (**self).collect(ram, dirty)
+    }
+
+    fn stop(&mut self, ram: &dyn GuestRam) {
+        (**self).stop(ram);
+    }
+}
+
+/// For logs that are made from bitmaps: report the pages of a block's part, given one bit for each
+/// `bit_bytes` from byte `first_byte` of the block on. Pages are reported that have one written byte;
+/// what is not in use is left out.
+pub fn report_bits(
+    block: &RamBlock,
+    first_byte: u64,
+    bit_bytes: u64,
+    words: &[u64],
+    report: &mut dyn FnMut(Range<u64>),
+) {
+    let mut run: Range<u64> = 0..0;
+    let mut add = |pages: Range<u64>| {
+        if pages.start <= run.end && pages.end > run.start {
+            run.end = run.end.max(pages.end);
+            return;
+        }
+        let before = std::mem::replace(&mut run, pages);
+        if !before.is_empty() {
+            report(before);
+        }
+    };
+    let bits = words.iter().zip((0u64..).step_by(64));
+    for (word, first_bit) in bits.filter(|(word, _)| **word != 0) {
+        let mut rest = *word;
+        while rest != 0 {
+            let bit = first_bit + u64::from(rest.trailing_zeros());
+            rest &= rest - 1;
+            let start = first_byte.saturating_add(bit.saturating_mul(bit_bytes));
+            let end = start.saturating_add(bit_bytes).min(block.used_bytes());
+            if start < end {
+                add(start / PAGE_BYTES..end.div_ceil(PAGE_BYTES));
+            }
+        }
+    }
+    // An empty one behind everything gives the last.
+    add(u64::MAX..u64::MAX);
 }
