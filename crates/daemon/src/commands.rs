@@ -10,6 +10,7 @@ use vmferry_qmp::{ClientContext, Command, CommandError, Event, Handler};
 use crate::error::DaemonError;
 use crate::hub::Hub;
 use crate::incoming::IncomingState;
+use crate::snapshots::{Deed, Order};
 
 /// Carries out the commands of all clients.
 pub(crate) struct Commands {
@@ -41,7 +42,28 @@ impl Handler for Commands {
             Command::Resolve(arguments) => done(self.hub.x_resolve(arguments.decision)),
             Command::Stop(_) => done(self.hub.stop()),
             Command::Cont(_) => done(self.hub.cont()),
-            Command::JobDismiss(job) => done(self.hub.state().jobs.dismiss(&job.id)),
+            Command::SnapshotSave(arguments) => done(self.hub.snapshot(Order {
+                deed: Deed::Save,
+                job: arguments.job_id,
+                tag: arguments.tag,
+                vm_state: Some(arguments.vmstate),
+                disks: arguments.devices,
+            })),
+            Command::SnapshotLoad(arguments) => done(self.hub.snapshot(Order {
+                deed: Deed::Load,
+                job: arguments.job_id,
+                tag: arguments.tag,
+                vm_state: Some(arguments.vmstate),
+                disks: arguments.devices,
+            })),
+            Command::SnapshotDelete(arguments) => done(self.hub.snapshot(Order {
+                deed: Deed::Delete,
+                job: arguments.job_id,
+                tag: arguments.tag,
+                vm_state: None,
+                disks: arguments.devices,
+            })),
+            Command::JobDismiss(job) => done(self.hub.dismiss_job(&job.id)),
             Command::Quit(_) => {
                 self.hub.ending.ask(ShutdownCause::HostQmpQuit);
                 done(Ok(()))
@@ -82,7 +104,18 @@ impl Hub {
 
     /// Guests run again: after `stop`, or because somebody knows that the disks live here.
     fn cont(&self) -> Result<(), DaemonError> {
-        if self.state().stopped.take().is_some() {
+        let stopped = {
+            let mut state = self.state();
+            match &state.snapshot {
+                // It has some of what `stop` holds.
+                Some(at_work) if state.stopped.is_some() => {
+                    return Err(DaemonError::NotNow(at_work.why_busy()));
+                }
+                _ => state.stopped.take(),
+            }
+        };
+        if stopped.is_some() {
+            drop(stopped);
             self.announcer.publish(&Event::Resume(Empty {}));
             return Ok(());
         }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use vmferry_channel::{Listener, Uri};
 use vmferry_disk::Node;
 use vmferry_migration::{Coverage, RecordFile, Start};
+use vmferry_qcow2::Qcow2Disk;
 use vmferry_qmp::types::{VersionInfo, VersionTriple};
 use vmferry_relay::announce::Announcer;
 
@@ -46,6 +47,8 @@ pub struct Disk {
     pub path: PathBuf,
     /// Its format: `raw` or `qcow2`.
     pub format: &'static str,
+    /// The device of `node`, if it can have internal snapshots.
+    pub image: Option<Arc<Qcow2Disk>>,
 }
 
 /// How a migration comes in.

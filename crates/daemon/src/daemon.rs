@@ -170,6 +170,7 @@ impl Daemon {
 
     /// Everything but QMP, whose clients see how it goes.
     fn end_service(&mut self) -> Result<(), RunError> {
+        self.hub.end_snapshots();
         self.hub.end_outgoing();
         self.hub.end_incoming();
         self.nbd_stop.trigger();

@@ -3,10 +3,11 @@
 use std::io;
 
 use vmferry_channel::{ChannelError, UriError};
-use vmferry_disk::InUse;
+use vmferry_disk::{DiskError, InUse};
 use vmferry_migration::{RecordError, RequestError, SourceFailure};
 use vmferry_qmp::{CommandError, ErrorClass};
 use vmferry_relay::announce::TooMany;
+use vmferry_snapshot::SnapshotError;
 
 /// A command was not carried out.
 #[derive(Debug, thiserror::Error)]
@@ -51,6 +52,17 @@ pub enum DaemonError {
         /// By whom.
         source: InUse,
     },
+    /// A disk failed.
+    #[error("disk '{disk}': {source}")]
+    Disk {
+        /// Its name.
+        disk: String,
+        /// What the host said.
+        source: DiskError,
+    },
+    /// A snapshot could not be taken, loaded or deleted.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
     /// No further announcement is possible now.
     #[error(transparent)]
     Announcements(#[from] TooMany),
@@ -80,6 +92,8 @@ impl From<DaemonError> for CommandError {
             | DaemonError::Request(_)
             | DaemonError::Record(_)
             | DaemonError::InUse { .. }
+            | DaemonError::Disk { .. }
+            | DaemonError::Snapshot(_)
             | DaemonError::Announcements(_)
             | DaemonError::Resources(_)
             | DaemonError::Answer(_) => ErrorClass::GenericError,

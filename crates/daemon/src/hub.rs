@@ -2,7 +2,8 @@
 
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use vmferry_channel::Stop;
 use vmferry_disk::{Hold, Lease};
@@ -18,6 +19,7 @@ use crate::error::DaemonError;
 use crate::incoming::IncomingState;
 use crate::jobs::Jobs;
 use crate::outgoing::Outgoing;
+use crate::snapshots::AtWork;
 
 /// Shared by commands, migrations and the daemon itself.
 pub(crate) struct Hub {
@@ -59,6 +61,11 @@ impl Ending {
         self.stop.is_triggered()
     }
 
+    /// Wait until then, or until somebody asks; true if somebody has.
+    pub(crate) fn wait_until(&self, end: Instant) -> bool {
+        self.stop.wait_until(Some(end))
+    }
+
     /// Wait until somebody asks.
     pub(crate) fn wait(&self) {
         while !self.stop.wait_until(None) {}
@@ -82,9 +89,15 @@ pub(crate) struct State {
     pub(crate) incoming: Option<IncomingState>,
     /// Disks whose hand-over was undecided when the daemon started.
     pub(crate) recovered: Option<Committed>,
-    /// Disks that `stop` holds.
+    /// Disks that `stop` holds, or that a snapshot was applied to in part.
     pub(crate) stopped: Option<Vec<Lease>>,
     pub(crate) jobs: Jobs,
+    /// The job that works on a snapshot.
+    pub(crate) snapshot: Option<AtWork>,
+    /// Before then no other one keeps guests waiting.
+    pub(crate) guests_turn: Option<Instant>,
+    /// Of jobs on snapshots; those that are over may be here, too.
+    pub(crate) snapshot_threads: Vec<JoinHandle<()>>,
     /// No migration is started any more.
     pub(crate) ending: bool,
 }
@@ -144,18 +157,31 @@ impl Hub {
     /// `stop`: hold the guests' writes, once those in flight are through. False if they are held
     /// already.
     pub(crate) fn stop_guests(&self) -> Result<bool, DaemonError> {
-        {
+        let missing: Vec<&Disk> = {
             let state = self.state();
-            if state.stopped.is_some() {
-                return Ok(false);
-            }
             if let Some(reason) = state.why_disks_are_busy() {
                 return Err(DaemonError::NotNow(reason));
             }
-        }
+            let mut here = self.disks.iter().filter(|disk| disk.is_here());
+            match &state.stopped {
+                None => here.collect(),
+                Some(stopped) => {
+                    let is_stopped = |disk: &Disk| {
+                        let mut nodes = stopped.iter().map(Lease::node);
+                        nodes.any(|node| Arc::ptr_eq(node, &disk.node))
+                    };
+                    let missing: Vec<&Disk> =
+                        here.by_ref().filter(|disk| !is_stopped(disk)).collect();
+                    if missing.is_empty() {
+                        return Ok(false);
+                    }
+                    missing
+                }
+            }
+        };
         // From here on the leases keep others off, not the lock: draining may take its time.
-        let here = self.disks.iter().filter(|disk| disk.is_here());
-        let leases: Vec<Lease> = here
+        let leases: Vec<Lease> = missing
+            .into_iter()
             .map(|disk| {
                 disk.node.lease("stop").map_err(|source| {
                     let disk = disk.node.name().to_owned();
@@ -173,7 +199,8 @@ impl Hub {
                 return Err(DaemonError::UnsuitableDisk { disk, reason });
             }
         }
-        self.state().stopped = Some(leases);
+        let mut state = self.state();
+        state.stopped.get_or_insert_default().extend(leases);
         Ok(true)
     }
 }
@@ -206,6 +233,9 @@ impl State {
             && let Some(reason) = outgoing.why_busy()
         {
             return Some(reason);
+        }
+        if let Some(at_work) = &self.snapshot {
+            return Some(at_work.why_busy());
         }
         self.incoming.as_ref().and_then(IncomingState::why_busy)
     }

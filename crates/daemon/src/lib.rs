@@ -5,6 +5,7 @@
 //!   QMP clients ──▶ vmferry_qmp::Server ──▶ Commands ──▶ Hub ──────────────────┘
 //!                          ▲ events                       │
 //!                          └───────── Announcer ◀─────────┤ Published
+//!                          │  snapshot-… ───────────▶│ leases on all disks of the snapshot
 //!   switches  ◀── NICs ◀──── vmferry_relay::Announcements ◀┘ arrived
 //! ```
 //!
@@ -26,6 +27,7 @@ mod incoming;
 mod jobs;
 mod outgoing;
 mod report;
+mod snapshots;
 
 pub use config::{Config, Disk, Incoming, version};
 pub use daemon::{Daemon, Ender, RunError, StartError};

@@ -15,6 +15,7 @@ use crate::config::Disk;
 use crate::hub::Hub;
 use crate::incoming::IncomingState;
 use crate::outgoing::{Outgoing, milliseconds};
+use crate::snapshots::{AtWork, listed};
 
 /// Pages of a guest, for readers that divide by it. There is no memory here.
 const PAGE_BYTES: u64 = 4096;
@@ -100,8 +101,11 @@ impl Hub {
             _ if self.ending.is_asked() => RunState::Shutdown,
             _ if state.recovered.is_some() => RunState::Postmigrate,
             _ if expecting.is_some() => RunState::Inmigrate,
-            _ if state.stopped.is_some() => RunState::Paused,
-            status => status,
+            status => match state.snapshot.as_ref().and_then(AtWork::run_state) {
+                Some(at_work) => at_work,
+                None if state.stopped.is_some() => RunState::Paused,
+                None => status,
+            },
         };
         StatusInfo {
             running: status == RunState::Running,
@@ -156,6 +160,7 @@ fn device_info(disk: &Disk) -> BlockDeviceInfo {
             virtual_size: limits.length,
             actual_size: allocated_bytes(disk),
             cluster_size: limits.cluster_bytes.map(u64::from),
+            snapshots: disk.image.as_deref().and_then(listed),
         },
         cache: BlockdevCacheInfo {
             writeback: true,

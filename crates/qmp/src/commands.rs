@@ -10,7 +10,8 @@ use crate::types::{
     JobStatusChangeEvent, KvmInfo, Migrate, MigrateContinue, MigrateIncoming,
     MigrateSetCapabilities, MigrationCapabilityStatus, MigrationEvent, MigrationInfo,
     MigrationParameters, MigrationPassEvent, NameInfo, QmpCapabilities, QueryNamedBlockNodes,
-    Resolve, SchemaInfo, ShutdownEvent, StatusInfo, VersionInfo, drop_absent_capabilities,
+    Resolve, SchemaInfo, ShutdownEvent, SnapshotDelete, SnapshotLoad, SnapshotSave, StatusInfo,
+    VersionInfo, drop_absent_capabilities,
 };
 
 /// One row of the table.
@@ -95,6 +96,12 @@ commands! {
     QueryNamedBlockNodes "query-named-block-nodes" (QueryNamedBlockNodes) -> Vec<BlockDeviceInfo>,
     /// The exports.
     QueryBlockExports "query-block-exports" (Empty) -> Vec<BlockExportInfo>,
+    /// Take a snapshot of disks; returns when that has begun, as the two that follow.
+    SnapshotSave "snapshot-save" (SnapshotSave) -> Empty,
+    /// Bring disks back to a snapshot.
+    SnapshotLoad "snapshot-load" (SnapshotLoad) -> Empty,
+    /// Delete a snapshot of disks.
+    SnapshotDelete "snapshot-delete" (SnapshotDelete) -> Empty,
     /// The jobs.
     QueryJobs "query-jobs" (Empty) -> Vec<JobInfo>,
     /// Forget a job that is over.

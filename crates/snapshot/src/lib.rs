@@ -4,11 +4,13 @@
 //! the machine's state too. Taking one that fails takes back what was made; one that is missing on a
 //! disk is not applied to any.
 //!
-//! The disks are not in use: whoever serves them holds and drains them first.
+//! Nobody writes to the disks meanwhile: whoever serves them holds and drains all of them first.
 
 #![forbid(unsafe_code)]
 
+use std::collections::{HashMap, HashSet};
 use std::io::{self, Read, Write};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use vmferry_qcow2::{Error, NewSnapshot, Qcow2Disk, Snapshot};
 
@@ -28,6 +30,22 @@ pub struct Moment {
     pub date: (u32, u32),
     /// How long the guest has run, in nanoseconds.
     pub guest_nanoseconds: u64,
+}
+
+impl Moment {
+    /// Now, by the host's clock.
+    #[must_use]
+    pub fn now(guest_nanoseconds: u64) -> Self {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH);
+        let now = now.unwrap_or_default();
+        Self {
+            date: (
+                u32::try_from(now.as_secs()).unwrap_or(u32::MAX),
+                now.subsec_nanos(),
+            ),
+            guest_nanoseconds,
+        }
+    }
 }
 
 /// Snapshots of several disks.
@@ -101,6 +119,36 @@ pub enum SnapshotError {
         /// Why it could not be deleted there.
         why: Box<Error>,
     },
+    /// A disk failed, and those before it were brought back already: together they are no machine.
+    #[error(
+        "disk '{disk}': {source}; and snapshot '{snapshot}' was applied before to {}",
+        names(.others)
+    )]
+    Torn {
+        /// The disk that failed.
+        disk: String,
+        /// What it said.
+        source: Box<Error>,
+        /// The snapshot.
+        snapshot: String,
+        /// The disks that are back at it; not empty.
+        others: Vec<String>,
+    },
+    /// A disk failed, and those before it have lost the snapshot.
+    #[error(
+        "disk '{disk}': {source}; and snapshot '{snapshot}' was deleted before from {}",
+        names(.others)
+    )]
+    DeletedPartly {
+        /// The disk that failed.
+        disk: String,
+        /// What it said.
+        source: Box<Error>,
+        /// The snapshot.
+        snapshot: String,
+        /// The disks that have lost it; not empty.
+        others: Vec<String>,
+    },
     /// The VM state cannot be read or written.
     #[error("VM state: {0}")]
     VmState(#[from] io::Error),
@@ -112,6 +160,11 @@ fn failed(disk: &NamedDisk<'_>) -> impl Fn(Error) -> SnapshotError + use<> {
         disk: disk.clone(),
         source: Box::new(source),
     }
+}
+
+fn names(disks: &[String]) -> String {
+    let quoted: Vec<String> = disks.iter().map(|disk| format!("'{disk}'")).collect();
+    quoted.join(", ")
 }
 
 /// The snapshot of that name, which is not its id.
@@ -130,30 +183,47 @@ fn missing(disk: &NamedDisk<'_>, name: &str) -> SnapshotError {
 /// Snapshots that all disks have, and the others.
 #[must_use]
 pub fn list(disks: &[NamedDisk<'_>]) -> Listing {
-    let is_whole = |name: &str| disks.iter().all(|disk| find(disk, name).is_some());
-    let whole = disks.first().map(|first| {
-        let snapshots = first.disk.snapshots().into_iter();
-        let whole = snapshots.filter(|snapshot| is_whole(&snapshot.name));
-        let with_state = whole.map(|snapshot| {
-            let copies = disks.iter().filter_map(|disk| find(disk, &snapshot.name));
-            let mut with_state = copies.filter(|copy| copy.vm_state_bytes > 0);
-            with_state.next().unwrap_or(snapshot)
+    let of_disk = |disk: &NamedDisk<'_>| (disk.name.to_owned(), disk.disk.snapshots());
+    let disks: Vec<_> = disks.iter().map(of_disk).collect();
+    Listing::of(&disks)
+}
+
+impl Listing {
+    /// The same from the name and the snapshots of each disk, in the order of its table.
+    #[must_use]
+    pub fn of(disks: &[(String, Vec<Snapshot>)]) -> Self {
+        // For each name: how many disks have it, and the copy that is shown.
+        let mut known: HashMap<String, (usize, Snapshot)> = HashMap::new();
+        for (_, snapshots) in disks {
+            let mut seen = HashSet::new();
+            let first_of_name = |snapshot: &&Snapshot| seen.insert(snapshot.name.clone());
+            for snapshot in snapshots.iter().filter(first_of_name) {
+                let entry = known.entry(snapshot.name.clone());
+                let (count, shown) = entry.or_insert_with(|| (0, snapshot.clone()));
+                *count += 1;
+                if shown.vm_state_bytes == 0 && snapshot.vm_state_bytes > 0 {
+                    *shown = snapshot.clone();
+                }
+            }
+        }
+        let shown = |name: &str| {
+            let (count, shown) = known.get(name)?;
+            (*count == disks.len()).then_some(shown)
+        };
+        let first = disks.first().map(|(_, snapshots)| snapshots.as_slice());
+        let whole = first.unwrap_or_default().iter();
+        let whole = whole.filter_map(|snapshot| shown(&snapshot.name).cloned());
+        let partial = disks.iter().filter_map(|(disk, snapshots)| {
+            let snapshots = snapshots.iter();
+            let snapshots = snapshots.filter(|snapshot| shown(&snapshot.name).is_none());
+            let snapshots: Vec<Snapshot> = snapshots.cloned().collect();
+            let disk = disk.clone();
+            (!snapshots.is_empty()).then_some(Partial { disk, snapshots })
         });
-        with_state.collect()
-    });
-    let partial = disks.iter().filter_map(|disk| {
-        let snapshots = disk.disk.snapshots().into_iter();
-        let snapshots: Vec<_> = snapshots
-            .filter(|snapshot| !is_whole(&snapshot.name))
-            .collect();
-        (!snapshots.is_empty()).then(|| Partial {
-            disk: disk.name.to_owned(),
-            snapshots,
-        })
-    });
-    Listing {
-        whole: whole.unwrap_or_default(),
-        partial: partial.collect(),
+        Self {
+            whole: whole.collect(),
+            partial: partial.collect(),
+        }
     }
 }
 
@@ -208,7 +278,9 @@ fn take_back(
 ) -> SnapshotError {
     let mut left = None;
     for made in made.iter().rev() {
-        if let Err(why) = made.disk.delete_snapshot(name) {
+        // By its id: its name could be the id of another.
+        let id = find(made, name).map_or_else(|| name.to_owned(), |snapshot| snapshot.id);
+        if let Err(why) = made.disk.delete_snapshot(&id) {
             left = left.or(Some((made.name.to_owned(), why)));
         }
     }
@@ -227,33 +299,65 @@ fn take_back(
 /// Bring each disk back to what it held then.
 ///
 /// # Errors
-/// A disk lacks the snapshot, and nothing was done; or a disk failed: those before it are back at
-/// the snapshot, it and those behind it are not.
+/// A disk lacks the snapshot, or the first one failed, and nothing was done; or another one failed:
+/// those before it are back at the snapshot, it and those behind it are not
+/// ([`SnapshotError::Torn`]).
 pub fn apply(disks: &[NamedDisk<'_>], name: &str) -> Result<(), SnapshotError> {
-    if let Some(disk) = disks.iter().find(|disk| find(disk, name).is_none()) {
-        return Err(missing(disk, name));
-    }
+    let mut ids = Vec::new();
     for disk in disks {
-        disk.disk.apply_snapshot(name).map_err(failed(disk))?;
+        // A name may be the id of another snapshot, which would come first.
+        ids.push(find(disk, name).ok_or_else(|| missing(disk, name))?.id);
+    }
+    for (k, (disk, id)) in disks.iter().zip(&ids).enumerate() {
+        disk.disk.apply_snapshot(id).map_err(|source| {
+            let others = owned_names(&disks[..k]);
+            if others.is_empty() {
+                return failed(disk)(source);
+            }
+            SnapshotError::Torn {
+                disk: disk.name.to_owned(),
+                source: Box::new(source),
+                snapshot: name.to_owned(),
+                others,
+            }
+        })?;
     }
     Ok(())
+}
+
+fn owned_names(disks: &[NamedDisk<'_>]) -> Vec<String> {
+    disks.iter().map(|disk| disk.name.to_owned()).collect()
 }
 
 /// Delete the snapshot on each disk that has it.
 ///
 /// # Errors
-/// No disk has it; or a disk failed: those before it have lost it.
+/// No disk has it; or a disk failed: those before it have lost it
+/// ([`SnapshotError::DeletedPartly`]).
 pub fn delete(disks: &[NamedDisk<'_>], name: &str) -> Result<(), SnapshotError> {
-    let mut having = disks.iter().filter(|disk| find(disk, name).is_some());
-    let mut next = having.next();
-    if next.is_none() {
-        return Err(SnapshotError::Nowhere(name.to_owned()));
+    let mut others = Vec::new();
+    for disk in disks {
+        let Some(snapshot) = find(disk, name) else {
+            continue;
+        };
+        let deleted = disk.disk.delete_snapshot(&snapshot.id);
+        match deleted {
+            Ok(()) => others.push(disk.name.to_owned()),
+            Err(source) if others.is_empty() => return Err(failed(disk)(source)),
+            Err(source) => {
+                return Err(SnapshotError::DeletedPartly {
+                    disk: disk.name.to_owned(),
+                    source: Box::new(source),
+                    snapshot: name.to_owned(),
+                    others,
+                });
+            }
+        }
     }
-    while let Some(disk) = next {
-        disk.disk.delete_snapshot(name).map_err(failed(disk))?;
-        next = having.next();
+    match others.is_empty() {
+        true => Err(SnapshotError::Nowhere(name.to_owned())),
+        false => Ok(()),
     }
-    Ok(())
 }
 
 /// Copy the VM state of a snapshot, an ordinary stream; how many bytes it has.
@@ -272,7 +376,8 @@ pub fn export(
             snapshot: name.to_owned(),
         });
     }
-    let mut state = disk.disk.vm_state_reader(name).map_err(failed(disk))?;
+    let state = disk.disk.vm_state_reader(&snapshot.id);
+    let mut state = state.map_err(failed(disk))?;
     Ok(io::copy(&mut state, out)?)
 }
 

@@ -41,6 +41,10 @@ fn write(disk: &Qcow2Disk, byte: u8) {
     disk.write_at(&[byte; 4096], 1 << 20).unwrap();
 }
 
+fn named<'a>(name: &'a str, disk: &'a Qcow2Disk) -> NamedDisk<'a> {
+    NamedDisk { name, disk }
+}
+
 fn names(listed: &[vmferry_qcow2::Snapshot]) -> Vec<&str> {
     listed
         .iter()
@@ -148,6 +152,60 @@ fn a_disk_that_fails_takes_back_what_was_made() {
         "{refused}"
     );
     assert!(a.snapshots().is_empty());
+}
+
+#[test]
+fn a_name_is_not_taken_for_the_id_of_another_snapshot() {
+    let dir = tempfile::tempdir().unwrap();
+    let a = disk(&dir, "a");
+    let disks = [NamedDisk {
+        name: "a",
+        disk: &a,
+    }];
+    for (k, name) in ["x", "3", "y"].into_iter().enumerate() {
+        write(&a, u8::try_from(k).unwrap());
+        create(&disks, name, MOMENT).unwrap();
+    }
+    assert_eq!(a.snapshots()[2].id, "3");
+    apply(&disks, "3").unwrap();
+    assert_eq!(byte(&a), 1);
+    delete(&disks, "3").unwrap();
+    assert_eq!(names(&list(&disks).whole), ["x", "y"]);
+}
+
+#[test]
+fn what_was_done_before_a_disk_failed_is_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let (a, b) = (disk(&dir, "a"), disk(&dir, "b"));
+    let c = disk(&dir, "c");
+    create(
+        &[named("a", &a), named("b", &b), named("c", &c)],
+        "old",
+        MOMENT,
+    )
+    .unwrap();
+    drop(c);
+    let c = reopen(&dir.path().join("c"), true);
+    let disks = [named("a", &a), named("b", &b), named("c", &c)];
+    write(&a, 1);
+    let torn = apply(&disks, "old").unwrap_err();
+    assert!(matches!(torn, SnapshotError::Torn { .. }), "{torn}");
+    let told = torn.to_string();
+    assert!(told.starts_with("disk 'c': "), "{told}");
+    assert!(
+        told.ends_with("; and snapshot 'old' was applied before to 'a', 'b'"),
+        "{told}"
+    );
+    assert_eq!(byte(&a), 0);
+    let partly = delete(&disks, "old").unwrap_err().to_string();
+    assert!(
+        partly.ends_with("; and snapshot 'old' was deleted before from 'a', 'b'"),
+        "{partly}"
+    );
+    // The first disk is as it was, and so are the others.
+    let untouched = [named("c", &c), named("a", &a)];
+    let refused = delete(&untouched, "old").unwrap_err();
+    assert!(matches!(refused, SnapshotError::Disk { .. }), "{refused}");
 }
 
 #[test]

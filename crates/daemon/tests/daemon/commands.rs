@@ -51,6 +51,7 @@ fn quit_answers_says_farewell_and_syncs() {
         taken_back: false,
         path: "root.raw".into(),
         format: "raw",
+        image: None,
     }];
     let mut daemon = run(dir.path().to_owned(), disks, Vec::new(), None, None);
     let mut nbd = daemon.nbd("root");
@@ -604,6 +605,7 @@ fn a_live_disk_against_its_record_is_not_served() {
         taken_back: false,
         path: host.image("root"),
         format: "raw",
+        image: None,
     };
     let error = Daemon::start(Config {
         name: None,
@@ -664,6 +666,7 @@ fn two_disks_of_a_name_are_refused() {
         taken_back: false,
         path: "x".into(),
         format: "raw",
+        image: None,
     };
     let config = Config {
         name: None,

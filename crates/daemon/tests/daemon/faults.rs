@@ -103,6 +103,7 @@ fn over_memory(content: &[u8], waits: bool) -> (Running, MemoryDisk, Arc<AtomicB
         taken_back: false,
         path: "root.raw".into(),
         format: "raw",
+        image: None,
     }];
     let listener = waits.then(|| Listener::bind(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap());
     let at = listener.as_ref().map(|listener| listener.local().clone());

@@ -108,6 +108,7 @@ impl Host {
                 taken_back: settings.take_back,
                 path: self.image(name),
                 format: "raw",
+                image: None,
             }
         });
         let disks = disks.collect();

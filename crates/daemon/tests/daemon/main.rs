@@ -5,3 +5,4 @@ mod commands;
 mod cuts;
 mod faults;
 mod host;
+mod snapshots;

@@ -35,6 +35,30 @@ object! {
 }
 
 object! {
+    /// An internal snapshot of an image.
+    SnapshotInfo = "SnapshotInfo" {
+        /// A number, as a rule.
+        id "id": String,
+        /// Its name.
+        name "name": String,
+        /// Bytes of the machine's state that it holds; 0 if it holds none.
+        vm_state_size "vm-state-size": u64,
+        /// When it was taken: seconds since 1970.
+        date_sec "date-sec": u64,
+        /// And nanoseconds.
+        date_nsec "date-nsec": u64,
+        /// How long the guest had run, in seconds.
+        vm_clock_sec "vm-clock-sec": u64,
+        /// And nanoseconds.
+        vm_clock_nsec "vm-clock-nsec": u64,
+        /// How many instructions the guest had run, if they were counted.
+        icount "icount": Option<u64>,
+        /// How long the disk was, in bytes, if that is known.
+        x_disk_size "x-disk-size": Option<u64>,
+    }
+}
+
+object! {
     /// An image.
     ImageInfo = "ImageInfo" {
         /// Its file.
@@ -47,6 +71,8 @@ object! {
         actual_size "actual-size": Option<u64>,
         /// Allocation unit in bytes.
         cluster_size "cluster-size": Option<u64>,
+        /// Its internal snapshots, if it has any.
+        snapshots "snapshots": Option<Vec<SnapshotInfo>>,
     }
 }
 

@@ -7,6 +7,12 @@ enumeration! {
     JobType = "JobType" {
         /// Migrates disks away. (QEMU's migrations are no jobs.)
         Migrate "x-migrate",
+        /// Takes a snapshot of disks.
+        SnapshotSave "snapshot-save",
+        /// Brings disks back to a snapshot.
+        SnapshotLoad "snapshot-load",
+        /// Deletes a snapshot of disks.
+        SnapshotDelete "snapshot-delete",
     }
 }
 
@@ -53,6 +59,46 @@ object! {
         total_progress "total-progress": u64,
         /// Why it failed.
         error "error": Option<String>,
+    }
+}
+
+object! {
+    /// Arguments of `snapshot-save`.
+    SnapshotSave = "q_obj_snapshot-save-arg" {
+        /// A name for the job.
+        job_id "job-id": String,
+        /// A name for the snapshot.
+        tag "tag": String,
+        /// One of `devices`: a QEMU puts its machine's state there.
+        vmstate "vmstate": String,
+        /// The disks.
+        devices "devices": Vec<String>,
+    }
+}
+
+object! {
+    /// Arguments of `snapshot-load`.
+    SnapshotLoad = "q_obj_snapshot-load-arg" {
+        /// A name for the job.
+        job_id "job-id": String,
+        /// The snapshot.
+        tag "tag": String,
+        /// One of `devices`: a QEMU takes its machine's state from there.
+        vmstate "vmstate": String,
+        /// The disks.
+        devices "devices": Vec<String>,
+    }
+}
+
+object! {
+    /// Arguments of `snapshot-delete`.
+    SnapshotDelete = "q_obj_snapshot-delete-arg" {
+        /// A name for the job.
+        job_id "job-id": String,
+        /// The snapshot.
+        tag "tag": String,
+        /// The disks.
+        devices "devices": Vec<String>,
     }
 }
 

@@ -7,10 +7,10 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use vmferry_channel::{Stop, Uri};
 use vmferry_qmp::types::{
-    MigrateSetCapabilities, MigrationCapability, MigrationCapabilityStatus, MigrationInfo,
+    JobInfo, MigrateSetCapabilities, MigrationCapability, MigrationCapabilityStatus, MigrationInfo,
     MigrationParameters, MigrationStatus,
 };
-use vmferry_qmp::{Client, ClientError};
+use vmferry_qmp::{Client, ClientError, ServerEvent};
 
 use crate::exit::{Exit, Failure};
 use crate::flags::LimitFlags;
@@ -93,6 +93,35 @@ impl Daemon {
         self.client.getfd(name, fd).map_err(Refusal::from)
     }
 
+    /// Run a job to its end, and have it forgotten; why it failed, if it did.
+    pub(crate) fn run_job(
+        &mut self,
+        command: &str,
+        id: &str,
+        arguments: &impl Serialize,
+    ) -> Result<Option<String>, Failure> {
+        self.execute(command, arguments)?;
+        let is_over = |event: &ServerEvent| {
+            let data = &event.data;
+            event.name == "JOB_STATUS_CHANGE"
+                && data.get("id").is_some_and(|it| it == id)
+                && data.get("status").is_some_and(|it| it == "concluded")
+        };
+        // Without a deadline there is an event, or the connection is lost.
+        while let Some(event) = self.client.wait_event(None).map_err(Refusal::from)? {
+            if is_over(&event) {
+                break;
+            }
+        }
+        let jobs: Vec<JobInfo> = parsed(self.execute("query-jobs", &json!({}))?)?;
+        let Some(job) = jobs.into_iter().find(|job| job.id == id) else {
+            let message = format!("the daemon has forgotten job '{id}': nobody knows how it ended");
+            return Err(Failure::new(Exit::Failed, message));
+        };
+        self.execute("job-dismiss", &json!({ "id": id }))?;
+        Ok(job.error)
+    }
+
     pub(crate) fn execute(
         &mut self,
         command: &str,
@@ -133,7 +162,7 @@ impl From<Refusal> for Failure {
     }
 }
 
-fn parsed<T: DeserializeOwned>(value: Value) -> Result<T, Failure> {
+pub(crate) fn parsed<T: DeserializeOwned>(value: Value) -> Result<T, Failure> {
     serde_json::from_value(value).map_err(|error| {
         Failure::new(
             Exit::Failed,

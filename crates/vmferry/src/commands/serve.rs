@@ -53,14 +53,19 @@ pub(crate) fn run(flags: &ServeFlags) -> Result<Exit, Failure> {
     let disks: Vec<Disk> = disks
         .into_iter()
         .zip(plans)
-        .map(|(open, plan)| Disk {
-            format: open.image.format().name(),
-            node: Node::new(open.name, open.image.into_device(), plan.resting()),
-            record: plan.file,
-            start: plan.start,
-            taken_back: flags.take_back.contains(&plan.name),
-            peer: plan.record.map(|record| record.peer).unwrap_or_default(),
-            path: open.path,
+        .map(|(open, plan)| {
+            let format = open.image.format().name();
+            let (device, image) = open.image.into_shared_device();
+            Disk {
+                format,
+                node: Node::new(open.name, device, plan.resting()),
+                image,
+                record: plan.file,
+                start: plan.start,
+                taken_back: flags.take_back.contains(&plan.name),
+                peer: plan.record.map(|record| record.peer).unwrap_or_default(),
+                path: open.path,
+            }
         })
         .collect();
 

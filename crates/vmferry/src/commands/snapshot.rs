@@ -1,31 +1,33 @@
-//! `vmferry snapshot`: internal snapshots of qcow2 images that nobody has open.
+//! `vmferry snapshot`: internal snapshots of qcow2 images, of those that nobody has open and of those
+//! that a daemon serves.
+
+mod live;
 
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
+use vmferry_disk::OpenError;
 use vmferry_inspect::Report;
-use vmferry_qcow2::{ChainOptions, Qcow2Disk};
+use vmferry_qcow2::{ChainOptions, Error as Qcow2Error, Qcow2Disk};
 use vmferry_snapshot::{Moment, NamedDisk, SnapshotError};
 
 use super::whole_file::Output;
 use crate::exit::{Exit, Failure};
 use crate::flags::snapshot::{
-    DisksFlags, ExportFlags, ImportFlags, ListFlags, SnapshotCommand, SnapshotFlags,
+    DisksFlags, ExportFlags, ImportFlags, ListFlags, SnapshotCommand, SnapshotFlags, WhichFlags,
 };
 use crate::output;
 use crate::render;
 use crate::render::style::Palette;
+use live::{Deed, Live};
 
 pub(crate) fn run(flags: &SnapshotFlags) -> Result<Exit, Failure> {
     match &flags.command {
         SnapshotCommand::List(flags) => list(flags),
-        SnapshotCommand::Create(flags) => change(flags, |disks, name| {
-            let moment = now(Duration::ZERO);
-            vmferry_snapshot::create(disks, name, moment)
-        }),
-        SnapshotCommand::Apply(flags) => change(&flags.disks, vmferry_snapshot::apply),
-        SnapshotCommand::Delete(flags) => change(&flags.disks, vmferry_snapshot::delete),
+        SnapshotCommand::Create(flags) => change(&flags.disks, Deed::Save),
+        SnapshotCommand::Apply(flags) => change(&flags.disks, Deed::Load),
+        SnapshotCommand::Delete(flags) => change(&flags.disks, Deed::Delete),
         SnapshotCommand::Export(flags) => export(flags),
         SnapshotCommand::Import(flags) => import(flags),
     }
@@ -65,40 +67,73 @@ impl Images {
 
 /// Open an image that nobody else uses.
 pub(super) fn image(path: &Path, read_only: bool) -> Result<Qcow2Disk, Failure> {
+    open(path, read_only).map_err(|error| cannot_open(path, error))
+}
+
+fn open(path: &Path, read_only: bool) -> Result<Qcow2Disk, Qcow2Error> {
     let options = ChainOptions {
         read_only,
         lock: true,
     };
-    vmferry_qcow2::open(path, options).map_err(|error| match error {
+    vmferry_qcow2::open(path, options)
+}
+
+fn cannot_open(path: &Path, error: Qcow2Error) -> Failure {
+    match error {
         // It says the path itself.
-        vmferry_qcow2::Error::Open(error) => Failure::new(Exit::Unreadable, error),
+        Qcow2Error::Open(error) => Failure::new(Exit::Unreadable, error),
         error => {
             let path = path.display();
             Failure::new(Exit::Unreadable, format!("{path}: {error}"))
         }
-    })
+    }
+}
+
+/// The images that are meant, unless a daemon serves them.
+fn offline(which: &WhichFlags, read_only: bool) -> Result<Images, Failure> {
+    let open = |path: &PathBuf| match open(path, read_only) {
+        Ok(disk) => Ok((path.display().to_string(), disk)),
+        Err(error @ Qcow2Error::Open(OpenError::Lock(_))) => Err(cannot_open(path, error)
+            .hint("if a vmferry daemon serves it, say --qmp and the disk's name there")),
+        Err(error) => Err(cannot_open(path, error)),
+    };
+    let images = which.disks.iter().map(open);
+    Ok(Images(images.collect::<Result<_, Failure>>()?))
 }
 
 fn list(flags: &ListFlags) -> Result<Exit, Failure> {
-    let images = Images::open(&flags.images, true)?;
-    let listing = vmferry_snapshot::list(&images.named());
+    let (listing, single) = match &flags.which.qmp {
+        Some(address) => {
+            let live = Live::connect(address, &flags.which)?;
+            (live.list(), live.is_single())
+        }
+        None => {
+            let images = offline(&flags.which, true)?;
+            (vmferry_snapshot::list(&images.named()), images.0.len() == 1)
+        }
+    };
     let mut out = output::stdout();
     if flags.json {
         render::write_json(&mut out, &render::snapshot::object(&listing))?;
     } else {
-        let single = images.0.len() == 1;
         render::snapshot::table(&listing, single, Palette::for_stdout(), &mut out)?;
     }
     Ok(Exit::Whole)
 }
 
-/// Do something with all images.
-fn change(
-    flags: &DisksFlags,
-    act: impl FnOnce(&[NamedDisk<'_>], &str) -> Result<(), SnapshotError>,
-) -> Result<Exit, Failure> {
-    let images = Images::open(&flags.images, false)?;
-    act(&images.named(), &flags.name).map_err(refused)?;
+/// Do something with all disks.
+fn change(flags: &DisksFlags, deed: Deed) -> Result<Exit, Failure> {
+    if let Some(address) = &flags.which.qmp {
+        return Live::connect(address, &flags.which)?.run(deed, flags);
+    }
+    let images = offline(&flags.which, false)?;
+    let (disks, name) = (images.named(), flags.name.as_str());
+    let done = match deed {
+        Deed::Save => vmferry_snapshot::create(&disks, name, Moment::now(0)),
+        Deed::Load => vmferry_snapshot::apply(&disks, name),
+        Deed::Delete => vmferry_snapshot::delete(&disks, name),
+    };
+    done.map_err(refused)?;
     images.close()?;
     Ok(Exit::Whole)
 }
@@ -133,7 +168,8 @@ fn import(flags: &ImportFlags) -> Result<Exit, Failure> {
     }
     io::Seek::rewind(&mut stream)?;
     let images = Images::open(std::iter::once(&flags.image).chain(&flags.others), false)?;
-    let moment = now(guest_time(&report));
+    let guest_time = u64::try_from(guest_time(&report).as_nanos());
+    let moment = Moment::now(guest_time.unwrap_or(u64::MAX));
     vmferry_snapshot::import(&images.named(), &flags.name, moment, &mut stream).map_err(refused)?;
     images.close()?;
     Ok(Exit::Whole)
@@ -162,16 +198,4 @@ fn guest_time(report: &Report) -> Duration {
     let timer = devices.find(|device| device.section.name == "timer");
     let clock = timer.and_then(|timer| timer.body.as_deref()?.last_chunk::<8>());
     Duration::from_nanos(clock.map_or(0, |clock| u64::from_be_bytes(*clock)))
-}
-
-fn now(guest_time: Duration) -> Moment {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH);
-    let now = now.unwrap_or_default();
-    Moment {
-        date: (
-            u32::try_from(now.as_secs()).unwrap_or(u32::MAX),
-            now.subsec_nanos(),
-        ),
-        guest_nanoseconds: u64::try_from(guest_time.as_nanos()).unwrap_or(u64::MAX),
-    }
 }

@@ -134,6 +134,17 @@ impl Image {
         }
     }
 
+    /// As a node has it, and once more as what it is if it can have internal snapshots.
+    pub(crate) fn into_shared_device(self) -> (Box<dyn BlockDevice>, Option<Arc<Qcow2Disk>>) {
+        match self {
+            Self::Raw(disk) => (Box::new(disk), None),
+            Self::Qcow2(disk) => {
+                let disk: Arc<Qcow2Disk> = Arc::from(disk);
+                (Box::new(Arc::clone(&disk)), Some(disk))
+            }
+        }
+    }
+
     /// As a node has it.
     pub(crate) fn into_device(self) -> Box<dyn BlockDevice> {
         match self {
