@@ -14,7 +14,7 @@ use vmferry_qcow2::{
 
 use crate::support::{Bytes, Folder, MemoryFile, mixed_bytes, qemu_img, qemu_img_ok, rounds, seed};
 
-const WRITE: ChainOptions = ChainOptions {
+pub(crate) const WRITE: ChainOptions = ChainOptions {
     read_only: false,
     lock: true,
 };

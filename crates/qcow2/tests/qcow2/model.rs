@@ -1,9 +1,12 @@
-//! Random operations on random images, compared with bytes in memory, with our check and with
-//! `qemu-img`. `VMFERRY_SEED=n` runs sequence `n` alone first; `VMFERRY_LONG=1` runs 10,000.
+//! Random operations on random images, compared with bytes in memory after each, and with our
+//! check, `qemu-img` and `imago` at the end. `VMFERRY_SEED=n` runs sequence `n` first;
+//! `VMFERRY_LONG=1` runs 10,000.
 
+mod imago;
 mod snapshots;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::support::{MemoryFile, qemu_img_ok, rounds, seed};
 use fastrand::Rng;
@@ -232,26 +235,24 @@ impl Case {
     }
 }
 
-fn run(seed: u64, with_qemu: bool) {
+/// How many operations there were, and whether imago could read the image.
+fn run(seed: u64) -> (usize, bool) {
     let mut rng = Rng::with_seed(seed);
     let mut case = Case::new(&mut rng);
-    for _ in 0..rng.usize(5..40) {
+    let operations = rng.usize(5..40);
+    for _ in 0..operations {
         case.step(&mut rng);
-        if std::env::var_os("VMFERRY_EACH_STEP").is_some() {
-            case.compare(0, case.model.len());
-        }
+        case.compare(0, case.model.len());
     }
-    case.compare(0, case.model.len());
     case.compare_snapshots();
     case.disk.take().unwrap().close().unwrap();
     let report = case.check();
     assert!(report.is_clean(), "{:?}: {report:?}", case.options);
-    if with_qemu {
-        compare_with_qemu(&case);
-    }
+    let read_by_imago = compare_with_others(&case);
+    (operations, read_by_imago)
 }
 
-fn compare_with_qemu(case: &Case) {
+fn compare_with_others(case: &Case) -> bool {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name).display().to_string();
     case.file
@@ -262,6 +263,7 @@ fn compare_with_qemu(case: &Case) {
         std::fs::write(path("backing.raw"), backing).unwrap();
     }
     let image = path("image.qcow2");
+    let read_by_imago = imago::compare(case, image.as_ref());
     qemu_img_ok(&["check", "-q", "-f", "qcow2", &image]);
     // qemu-img rounds lengths that are not whole sectors.
     let backing_bytes = case.backing.as_ref().map_or(0, Vec::len);
@@ -270,20 +272,45 @@ fn compare_with_qemu(case: &Case) {
         qemu_img_ok(&["compare", "-f", "qcow2", "-F", "raw", &image, &model]);
     }
     snapshots::compare_with_qemu(case, &path, backing_bytes.is_multiple_of(512));
+    read_by_imago
 }
+
+/// Sequences that run beside one another: `qemu-img` waits for the host's disk most of the time.
+const AT_ONCE: usize = 4;
 
 #[test]
 fn random_sequences_match_a_model() {
     let first = seed();
     let count = rounds(500);
-    for number in 0..count {
-        let seed = first.wrapping_add(number);
-        let outcome = std::panic::catch_unwind(|| run(seed, number % 4 == 0));
-        if let Err(panic) = outcome {
-            println!("sequence {number}: VMFERRY_SEED={seed}");
-            std::panic::resume_unwind(panic);
+    let [next, operations, by_imago] = [const { AtomicU64::new(0) }; 3];
+    let work = || {
+        loop {
+            let number = next.fetch_add(1, Ordering::Relaxed);
+            if number >= count {
+                break;
+            }
+            let seed = first.wrapping_add(number);
+            match std::panic::catch_unwind(|| run(seed)) {
+                Ok((done, read_by_imago)) => {
+                    operations.fetch_add(done as u64, Ordering::Relaxed);
+                    by_imago.fetch_add(u64::from(read_by_imago), Ordering::Relaxed);
+                }
+                Err(panic) => {
+                    println!("sequence {number}: VMFERRY_SEED={seed}");
+                    std::panic::resume_unwind(panic);
+                }
+            }
         }
-    }
+    };
+    std::thread::scope(|scope| {
+        for _ in 0..AT_ONCE {
+            scope.spawn(work);
+        }
+    });
+    let [operations, by_imago] = [operations.into_inner(), by_imago.into_inner()];
+    println!("{count} sequences from VMFERRY_SEED={first}, {operations} operations");
+    println!("imago read {by_imago} images; the others say zstd");
+    assert!(by_imago > count / 4);
 }
 
 #[test]
