@@ -20,4 +20,4 @@ pub use node::{
     Claim, Claimer, Filler, Hold, InUse, Lease, Leaving, Node, ReadPermit, Refusal, Subscription,
     WritePermit,
 };
-pub use raw::{OpenError, OpenOptions, QCOW2_MAGIC, RAW_BYTES_MAX, RawDisk};
+pub use raw::{OpenError, OpenOptions, QCOW2_MAGIC, RAW_BYTES_MAX, RawDisk, start_write_back};

@@ -526,21 +526,10 @@ impl BlockDevice for RawDisk {
 
     fn start_writeback(&self, offset: u64, length: u64) -> Result<(), DiskError> {
         self.check("write back", offset, length)?;
-        // The kernel takes a length of 0 for "to the end of the file".
-        if length == 0 || self.limits.read_only {
+        if self.limits.read_only {
             return Ok(());
         }
-        match write_back_range(&self.file, offset, length) {
-            Err(error)
-                if !matches!(
-                    error.raw_os_error(),
-                    Some(libc::ESPIPE | libc::EINVAL | libc::ENOSYS)
-                ) =>
-            {
-                Err(failed("write back", offset, length)(error))
-            }
-            _ => Ok(()),
-        }
+        start_write_back(&self.file, offset, length).map_err(failed("write back", offset, length))
     }
 
     /// `fdatasync`. Once one has failed every later flush of this device fails too: the kernel
@@ -695,6 +684,26 @@ fn failed(operation: &'static str, offset: u64, length: u64) -> impl Fn(io::Erro
         offset,
         length,
         source,
+    }
+}
+
+/// Start writing back a range of a file without waiting; all of it stays in the page cache. A hint:
+/// files that can't do it are no error. A `length` of 0 is no range at all.
+pub fn start_write_back(file: &File, offset: u64, length: u64) -> io::Result<()> {
+    // The kernel takes it for "to the end of the file".
+    if length == 0 {
+        return Ok(());
+    }
+    match write_back_range(file, offset, length) {
+        Err(error)
+            if !matches!(
+                error.raw_os_error(),
+                Some(libc::ESPIPE | libc::EINVAL | libc::ENOSYS)
+            ) =>
+        {
+            Err(error)
+        }
+        _ => Ok(()),
     }
 }
 

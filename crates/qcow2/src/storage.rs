@@ -2,14 +2,16 @@
 
 use std::fs::File;
 use std::io::{self, IoSliceMut};
-use std::num::NonZeroU64;
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use rustix::fs::{Advice, FallocateFlags, SeekFrom, fadvise, fallocate, seek};
+use rustix::fs::{FallocateFlags, FsWord, SeekFrom, fallocate, fstatfs, seek};
 use rustix::io::{Errno, ReadWriteFlags, preadv2};
-use vmferry_disk::{Access, Cached, ImageLock, OpenError};
+use vmferry_disk::{Access, Cached, ImageLock, OpenError, start_write_back};
+
+/// `statfs(2)` says this of tmpfs.
+const TMPFS_MAGIC: FsWord = 0x0102_1994;
 
 /// A host file: bytes that grow, callable from several threads at once.
 ///
@@ -48,6 +50,8 @@ pub struct FileStorage {
     is_device: bool,
     no_punch: AtomicBool,
     no_cached_reads: AtomicBool,
+    /// On tmpfs, which refuses `RWF_NOWAIT`: reading it never waits for a medium (but for swap).
+    in_memory: bool,
     // After the file, so that it is dropped last: the image is ours until all is closed.
     lock: Option<ImageLock>,
 }
@@ -129,9 +133,11 @@ impl FileStorage {
     }
 
     fn of(file: File, is_device: bool, lock: Option<ImageLock>) -> Self {
+        let in_memory = fstatfs(&file).is_ok_and(|filesystem| filesystem.f_type == TMPFS_MAGIC);
         Self {
             file,
             is_device,
+            in_memory: in_memory && !is_device,
             no_punch: AtomicBool::new(false),
             no_cached_reads: AtomicBool::new(false),
             lock,
@@ -182,6 +188,10 @@ impl Storage for FileStorage {
     }
 
     fn read_cached_at(&self, buf: &mut [u8], offset: u64) -> io::Result<Cached> {
+        if self.in_memory && !buf.is_empty() {
+            self.read_at(buf, offset)?;
+            return Ok(Cached::Hit(buf.len()));
+        }
         if self.no_cached_reads.load(Ordering::Relaxed) {
             return Ok(Cached::Unsupported);
         }
@@ -224,18 +234,8 @@ impl Storage for FileStorage {
         }
     }
 
-    /// `POSIX_FADV_DONTNEED` starts write-back of what is dirty and keeps it in memory; what was
-    /// clean in the range leaves the page cache.
     fn start_writeback(&self, offset: u64, length: u64) -> io::Result<()> {
-        match fadvise(
-            &self.file,
-            offset,
-            NonZeroU64::new(length),
-            Advice::DontNeed,
-        ) {
-            Ok(()) | Err(Errno::INVAL | Errno::NOSYS | Errno::SPIPE) => Ok(()),
-            Err(errno) => Err(errno.into()),
-        }
+        start_write_back(&self.file, offset, length)
     }
 
     fn flush(&self) -> io::Result<()> {
