@@ -156,7 +156,7 @@ impl BlockDevice for Qcow2Disk {
     /// Hits what the page cache holds, if the L2 table is in memory and nobody changes one.
     fn read_cached_at(&self, buf: &mut [u8], offset: u64) -> Result<Cached, DiskError> {
         let length = buf.len() as u64;
-        let Ok(_operation) = self.operations.try_read() else {
+        let Some(_operation) = self.operations.try_begin() else {
             return Ok(Cached::Miss);
         };
         self.check_range(offset, length)

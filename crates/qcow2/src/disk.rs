@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use vmferry_disk::{BlockDevice, Cached};
 
@@ -12,6 +12,7 @@ use crate::error::Error;
 use crate::flush::Flushes;
 use crate::header::{CORRUPT, DIRTY, Header};
 use crate::limits::{L2_CACHE_BYTES, LOOK_UP_CLUSTERS_MAX, SEGMENTS_MAX};
+use crate::operations::{Operation, Operations};
 use crate::state::State;
 use crate::storage::Storage;
 use crate::types::{
@@ -49,8 +50,7 @@ pub struct Qcow2Disk {
     pub(crate) backing_bytes: u64,
     /// Length of the disk.
     pub(crate) disk_bytes: AtomicU64,
-    /// Held shared by every operation; exclusively by those that change the shape of the image.
-    pub(crate) operations: RwLock<()>,
+    pub(crate) operations: Operations,
     pub(crate) state: Mutex<State>,
     /// An operation in flight has ended.
     pub(crate) ended: Condvar,
@@ -152,7 +152,7 @@ impl Qcow2Disk {
             backing_bytes: backing.as_ref().map_or(0, |disk| disk.limits().length),
             backing,
             disk_bytes: AtomicU64::new(state.header.disk_bytes),
-            operations: RwLock::new(()),
+            operations: Operations::default(),
             state: Mutex::new(state),
             ended: Condvar::new(),
             epochs: [AtomicUsize::new(0), AtomicUsize::new(0)],
@@ -194,10 +194,8 @@ impl Qcow2Disk {
     }
 
     /// Every operation holds this while it runs. Never taken twice by one thread.
-    pub(crate) fn operation(&self) -> RwLockReadGuard<'_, ()> {
-        self.operations
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
+    pub(crate) fn operation(&self) -> Operation<'_> {
+        self.operations.begin()
     }
 
     pub(crate) fn check_range(&self, offset: u64, length: u64) -> Result<(), Error> {

@@ -51,7 +51,8 @@
 //! One lock guards the metadata; it is held to look things up and to change them, not for data, and
 //! reading an L2 table goes on without it. Two operations that change L2 entries of the same guest
 //! cluster wait for one another (`state.rs`, `InFlight`); those that write in place do not. A flush
-//! runs beside everything else. Only resizing and snapshots wait for all operations to end.
+//! runs beside everything else. Only resizing and snapshots wait for all operations to end; those that
+//! wait for them in turn go before the next one (`operations.rs`).
 #![forbid(unsafe_code)]
 #![cfg_attr(
     not(test),
@@ -72,6 +73,7 @@ mod error;
 mod flush;
 pub mod header;
 pub mod limits;
+mod operations;
 mod refcount;
 mod resize;
 mod snapshot;

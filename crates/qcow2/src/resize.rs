@@ -3,7 +3,6 @@
 //! What lies behind the end of the disk means nothing and may be anything. Growing drops it before
 //! the header says that it counts, and shrinking only after the header says that it does not.
 
-use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
 
 use crate::bitmaps::mark_in_use;
@@ -19,10 +18,7 @@ impl Qcow2Disk {
     /// there. Waits until all operations have ended; durable when it returns. Bitmaps are marked
     /// as not up to date.
     pub fn resize(&self, disk_bytes: u64) -> Result<(), Error> {
-        let _alone = self
-            .operations
-            .write()
-            .unwrap_or_else(PoisonError::into_inner);
+        let _alone = self.operations.alone();
         self.before_change()?;
         let geometry = self.geometry;
         let option = |bound| Error::Option {

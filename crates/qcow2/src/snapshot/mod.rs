@@ -22,8 +22,6 @@
 mod share;
 mod vm_state;
 
-use std::sync::{PoisonError, RwLockWriteGuard};
-
 use crate::bitmaps::mark_in_use;
 use crate::bytes::table;
 use crate::disk::Qcow2Disk;
@@ -97,7 +95,7 @@ impl Qcow2Disk {
     /// Keep what the disk holds now, together with the VM state that was written to it. Durable
     /// when it returns; the VM state is not reached from the disk itself any more.
     pub fn create_snapshot(&self, new: &NewSnapshot<'_>) -> Result<Snapshot, Error> {
-        let _alone = self.alone();
+        let _alone = self.operations.alone();
         self.before_change()?;
         self.check_new(new)?;
         if new.vm_state_bytes == 0 {
@@ -128,7 +126,7 @@ impl Qcow2Disk {
     /// `name` is an id, or else a name. Durable when it returns. Bitmaps are marked as not up to
     /// date. The VM state is read apart, with [`Qcow2Disk::vm_state_reader`].
     pub fn apply_snapshot(&self, name: &str) -> Result<(), Error> {
-        let _alone = self.alone();
+        let _alone = self.operations.alone();
         self.before_change()?;
         let (l1, disk_bytes) = self.read_disk_of(name)?;
         {
@@ -168,7 +166,7 @@ impl Qcow2Disk {
     /// Forget a snapshot, and free what nobody else uses. `name` is an id, or else a name. Durable
     /// when it returns.
     pub fn delete_snapshot(&self, name: &str) -> Result<(), Error> {
-        let _alone = self.alone();
+        let _alone = self.operations.alone();
         self.before_change()?;
         self.write_back_all()?;
         let (removed, table) = {
@@ -191,13 +189,6 @@ impl Qcow2Disk {
         logged("COPIED flags are not set", self.set_copied());
         logged("COPIED flags are not set", self.write_back_all());
         Ok(())
-    }
-
-    /// Nothing else happens while this is held.
-    fn alone(&self) -> RwLockWriteGuard<'_, ()> {
-        self.operations
-            .write()
-            .unwrap_or_else(PoisonError::into_inner)
     }
 
     fn check_new(&self, new: &NewSnapshot<'_>) -> Result<(), Error> {

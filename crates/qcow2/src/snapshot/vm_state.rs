@@ -24,7 +24,7 @@ impl Qcow2Disk {
     /// is dropped, and so is what this one wrote if the disk changes its length or a snapshot is
     /// made, applied or deleted meanwhile.
     pub fn vm_state_writer(&self) -> Result<VmStateWriter<'_>, Error> {
-        let _alone = self.alone();
+        let _alone = self.operations.alone();
         self.before_change()?;
         self.drop_vm_state()?;
         let mut state = self.state();
@@ -92,7 +92,7 @@ impl Qcow2Disk {
         while entries < needed {
             entries = (entries * 3).div_ceil(2).max(1);
         }
-        let _alone = self.alone();
+        let _alone = self.operations.alone();
         self.move_l1(entries.min(max))
     }
 }
