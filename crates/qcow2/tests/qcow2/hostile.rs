@@ -226,8 +226,9 @@ fn snapshot_tables_beyond_their_bounds_are_refused() {
         &entry(0, 0, 1, 1, u32::MAX),
         &["extra data of 4294967295 bytes"],
     );
-    says(&entry(0, 0, 65535, 1, 16), &["past the end of the file"]);
-    says(&entry(0, 0, 1, 65535, 16), &["past the end of the file"]);
+    let beyond = ["snapshot table entry at byte", "past the end of the file"];
+    says(&entry(0, 0, 65535, 1, 16), &beyond);
+    says(&entry(0, 0, 1, 65535, 16), &beyond);
     says(&entry(0, 1 << 23, 1, 1, 16), &["has 8388608 entries"]);
     says(
         &entry(7, 1, 1, 1, 16),
@@ -370,6 +371,59 @@ fn tables_are_not_freed_with_guest_data() {
     }
 }
 
+/// What the first cluster reads if it is this compressed data, or the error.
+fn read_compressed(data: &[u8], zstd: bool) -> Result<Vec<u8>, String> {
+    let file = MemoryFile::default();
+    let options = CreateOptions {
+        compression: match zstd {
+            true => Compression::Zstd,
+            false => Compression::Deflate,
+        },
+        ..CreateOptions::new(1 << 20)
+    };
+    create(&file, &options).unwrap();
+    let disk = open(&file).unwrap();
+    disk.write_at(&[1; 65536], 0).unwrap();
+    disk.close().unwrap();
+    let place = file.length().unwrap();
+    put(&file, place, data);
+    file.set_length(place + 131_072).unwrap();
+    let sectors = (data.len() as u64).div_ceil(512) - 1;
+    let entry = COMPRESSED | sectors << 54 | place;
+    put(&file, l2_table(&file), &entry.to_be_bytes());
+    let disk = open(&file).unwrap();
+    let mut read = vec![0; 65536];
+    let result = disk.read_at(&mut read, 0);
+    let place = format!("compressed cluster at byte {place} ");
+    result.map(|()| read).map_err(|error| {
+        assert_says(&error.to_string(), &[&place]);
+        error.to_string()
+    })
+}
+
+#[test]
+fn compressed_clusters_may_expand_for_ever() {
+    let frame = [0x28, 0xb5, 0x2f, 0xfd, 0, 0x38];
+    let endless = |start: &[u8], block: &[u8]| {
+        let blocks = block.iter().copied().cycle().take(122_880);
+        let start = start.iter().copied();
+        start.chain(blocks).collect::<Vec<u8>>()
+    };
+    // Blocks that expand to nothing: stored ones of deflate, raw ones of zstd.
+    let nothing = endless(&[], &[0, 0, 0, 0xff, 0xff]);
+    let error = read_compressed(&nothing, false).unwrap_err();
+    assert_says(&error, &["ends after 0 bytes, a cluster has 65536"]);
+    read_compressed(&endless(&frame, &[0, 0, 0]), true).unwrap_err();
+    // Blocks that repeat a byte 128 KiB times, 30,720 of them.
+    let [low, middle, high, _] = (131_072_u32 << 3 | 2).to_le_bytes();
+    let much = endless(&frame, &[low, middle, high, 0x44]);
+    assert_eq!(read_compressed(&much, true).unwrap(), [0x44; 65536]);
+    // Shorter than a cluster.
+    let [low, middle, high, _] = (65_535_u32 << 3 | 3).to_le_bytes();
+    let short = [&frame[..], &[low, middle, high, 0x44]].concat();
+    read_compressed(&short, true).unwrap_err();
+}
+
 #[test]
 fn compressed_clusters_end_where_a_cluster_ends() {
     let mut bomb = flate2::write::DeflateEncoder::new(Vec::new(), flate2::Compression::best());
@@ -378,32 +432,7 @@ fn compressed_clusters_end_where_a_cluster_ends() {
     assert!(bomb.len() < 65536);
     let mut short = flate2::write::DeflateEncoder::new(Vec::new(), flate2::Compression::best());
     short.write_all(&[0x33; 65535]).unwrap();
-    let with = |data: &[u8], zstd: bool| {
-        let file = MemoryFile::default();
-        let options = CreateOptions {
-            compression: if zstd {
-                Compression::Zstd
-            } else {
-                Compression::Deflate
-            },
-            ..CreateOptions::new(1 << 20)
-        };
-        create(&file, &options).unwrap();
-        let disk = open(&file).unwrap();
-        disk.write_at(&[1; 65536], 0).unwrap();
-        disk.close().unwrap();
-        let place = file.length().unwrap();
-        put(&file, place, data);
-        file.set_length(place + 131_072).unwrap();
-        let sectors = (data.len() as u64).div_ceil(512) - 1;
-        let entry = COMPRESSED | sectors << 54 | place;
-        put(&file, l2_table(&file), &entry.to_be_bytes());
-        let disk = open(&file).unwrap();
-        let mut read = vec![0; 65536];
-        disk.read_at(&mut read, 0)
-            .map(|()| read)
-            .map_err(|error| error.to_string())
-    };
+    let with = read_compressed;
     assert_eq!(with(&bomb, false).unwrap(), [0x33; 65536]);
     let error = with(&short.finish().unwrap(), false).unwrap_err();
     assert_says(

@@ -5,6 +5,7 @@ mod edges;
 mod faults;
 mod hostile;
 mod interop;
+mod limits;
 mod model;
 mod snapshot_crash;
 mod snapshot_hostile;
