@@ -29,19 +29,19 @@ fn rng() -> Rng {
     Rng::with_seed(seed)
 }
 
-fn read_all(disk: &Qcow2Disk) -> Vec<u8> {
+pub(crate) fn read_all(disk: &Qcow2Disk) -> Vec<u8> {
     let mut bytes = vec![0xEE; disk.disk_bytes() as usize];
     disk.read_at(&mut bytes, 0).unwrap();
     bytes
 }
 
-fn assert_same(left: &[u8], right: &[u8]) {
+pub(crate) fn assert_same(left: &[u8], right: &[u8]) {
     assert_eq!(left.len(), right.len());
     let differs = (0..left.len()).find(|at| left[*at] != right[*at]);
     assert_eq!(differs, None, "they differ at this byte");
 }
 
-fn assert_clean(path: &str) {
+pub(crate) fn assert_clean(path: &str) {
     qemu_img_ok(&["check", "-q", "-f", "qcow2", path]);
     let storage = FileStorage::open(path, true, true).unwrap();
     let report = check(&storage, Repair::None).unwrap();
@@ -49,7 +49,7 @@ fn assert_clean(path: &str) {
 }
 
 /// Writes, zeroes and discards all over the disk, mirrored in `model`.
-fn change(rng: &mut Rng, disk: &Qcow2Disk, model: &mut [u8], count: usize) {
+pub(crate) fn change(rng: &mut Rng, disk: &Qcow2Disk, model: &mut [u8], count: usize) {
     let cluster = 1 << disk.geometry().cluster_bits;
     for _ in 0..count {
         let start = rng.usize(..model.len());

@@ -7,6 +7,7 @@ mod hostile;
 mod interop;
 mod limits;
 mod model;
+mod qemus;
 mod snapshot_crash;
 mod snapshot_hostile;
 mod snapshots;
