@@ -10,8 +10,12 @@ mod block;
 mod destination;
 mod dirty_log;
 mod guest;
+mod source;
 mod sys;
+#[cfg(test)]
+mod testing;
 mod userfault;
+mod xbzrle_cache;
 
 pub use bitmap::PageBitmap;
 pub use block::{BlockIndex, BlockLayout, LayoutError, OutOfBlock, PAGE_BYTES, RamBlock, Sharing};
@@ -22,6 +26,10 @@ pub use dirty_log::{
     DirtyLog, DirtyLogError, KvmLog, KvmSlot, MarkedLog, Marker, UserfaultLog, report_bits,
 };
 pub use guest::{AnonymousRam, GuestRam, MapError};
+pub use source::{
+    OutgoingRam, RamSource, RamSourceError, RamSourceOptions, RamSourceStats, RecoverError,
+    RequestError, Throttle, ThrottleParameters,
+};
 pub use userfault::{Fault, Placed, Userfault, UserfaultError, check_postcopy};
 
 /// Name of the section.

@@ -1,0 +1,457 @@
+//! The sending owner of the `ram` section.
+//!
+//! ```text
+//!   guest ─ writes ─▶ DirtyLog ── collect ──▶ Schedule ── runs of pages ──▶ PageWriter ── batches ──▶ Sink
+//!                                                ▲                             ▲
+//!                     return path ─ OutgoingRam ─┘ requests, recovery          └ guest memory, XBZRLE
+//! ```
+//!
+//! The dirty log runs before the first page is read, and a page's bit is cleared before the page is
+//! read: whatever the guest writes after that is reported by a later look at the log.
+//!
+//! Rules: `ram.md` §1 to §4 and §6, `postcopy.md` §2, §4, §5 and §7 of the wire format notes.
+
+mod outgoing;
+mod postcopy;
+mod schedule;
+mod stats;
+mod throttle;
+mod watch;
+mod writer;
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::{Duration, Instant};
+
+use vmferry_savevm::{
+    GuestStopped, HandlerError, Pending, PostcopyHandler, Progress, SaveHandler, Sink,
+};
+use vmferry_stream::limits::MAX_RAM_BLOCKS;
+use vmferry_stream::{Name, RamRecord};
+
+pub use outgoing::{OutgoingRam, RecoverError, RequestError};
+pub use stats::RamSourceStats;
+pub use throttle::{Throttle, ThrottleParameters};
+
+use crate::block::{OutOfBlock, PAGE_BYTES, RamBlock};
+use crate::dirty_log::{DirtyLog, DirtyLogError};
+use crate::guest::GuestRam;
+use crate::xbzrle_cache::XbzrleCache;
+use outgoing::Shared;
+use schedule::{BlockPages, Run, Schedule};
+use throttle::AutoConverge;
+use watch::Watch;
+use writer::{Mode, PageWriter};
+
+/// Pages that are taken, and read, at once.
+const RUN_PAGES: u64 = 64;
+
+/// A PART is ended after this many bytes, so that commands are heard.
+const PART_BYTES_MAX: u64 = 4 << 20;
+
+/// A PART is also ended after this many pages: zeroes are short, and what did not change is not sent
+/// at all.
+const PART_PAGES_MAX: u64 = 1 << 16;
+
+/// How RAM is sent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RamSourceOptions {
+    /// The guest may be started at the destination before all of its memory is there (QEMU's
+    /// capability `postcopy-ram`).
+    pub postcopy: bool,
+    /// From the second pass on send what changed in a page, as long as it is known what was sent: so
+    /// many bytes of memory are used for that (`xbzrle`, `xbzrle-cache-size`).
+    pub xbzrle_cache_bytes: Option<u64>,
+    /// Blocks that others share stay where they are (`x-ignore-shared`).
+    pub ignore_shared: bool,
+    /// When to slow the guest down, if a [`Throttle`] was given (`auto-converge`).
+    pub throttle: ThrottleParameters,
+}
+
+/// RAM cannot be sent.
+#[derive(Debug, thiserror::Error)]
+pub enum RamSourceError {
+    /// What the guest writes cannot be known.
+    #[error(transparent)]
+    Log(#[from] DirtyLogError),
+    /// Two blocks have one name.
+    #[error("there are two RAM blocks '{0}'")]
+    Duplicate(Name),
+    /// More than a destination takes.
+    #[error("there are {blocks} RAM blocks, of which {MAX_RAM_BLOCKS} can be sent")]
+    TooManyBlocks {
+        /// How many.
+        blocks: usize,
+    },
+    /// More than 2^64 bytes.
+    #[error("the RAM blocks are longer than a stream can say")]
+    TooLong,
+    /// Not even for one page.
+    #[error("an XBZRLE cache of {bytes} bytes has no room for a page")]
+    SmallCache {
+        /// Its size.
+        bytes: u64,
+    },
+    /// A block got another length while it was sent.
+    #[error(
+        "RAM block '{block}' was resized from {listed:#x} to {used_bytes:#x} bytes while it was sent"
+    )]
+    Resized {
+        /// The block.
+        block: Name,
+        /// Bytes that the destination was told.
+        listed: u64,
+        /// Bytes in use now.
+        used_bytes: u64,
+    },
+    /// Memory that is not in use.
+    #[error(transparent)]
+    Access(#[from] OutOfBlock),
+}
+
+/// Sends a guest's memory as the `ram` section.
+pub struct RamSource {
+    ram: Arc<dyn GuestRam>,
+    log: Box<dyn DirtyLog>,
+    log_runs: bool,
+    throttle: Option<Box<dyn Throttle>>,
+    converge: AutoConverge,
+    options: RamSourceOptions,
+    schedule: Schedule,
+    writer: PageWriter,
+    watch: Watch,
+    shared: Arc<Shared>,
+    /// The log failed where that could not be said.
+    failure: Option<RamSourceError>,
+}
+
+impl RamSource {
+    /// Send this memory. What `log` reports must be everything that changes it.
+    ///
+    /// # Errors
+    /// Blocks that a stream cannot list; a cache without room for a page.
+    pub fn new(
+        ram: Arc<dyn GuestRam>,
+        log: Box<dyn DirtyLog>,
+        throttle: Option<Box<dyn Throttle>>,
+        options: RamSourceOptions,
+    ) -> Result<Self, RamSourceError> {
+        check_blocks(ram.blocks())?;
+        let cache = new_cache(options.xbzrle_cache_bytes)?;
+        Ok(Self {
+            shared: Arc::new(Shared::new(Arc::clone(&ram), options.ignore_shared)),
+            ram,
+            log,
+            log_runs: false,
+            throttle,
+            converge: AutoConverge::new(options.throttle),
+            options,
+            schedule: Schedule::new(&[]),
+            writer: PageWriter::new(cache),
+            watch: Watch::new(Instant::now()),
+            failure: None,
+        })
+    }
+
+    /// What other threads may do meanwhile.
+    #[must_use]
+    pub fn outgoing(&self) -> OutgoingRam {
+        OutgoingRam(Arc::clone(&self.shared))
+    }
+
+    /// Nothing is left of a migration before.
+    fn reset(&mut self) -> Result<(), RamSourceError> {
+        self.cleanup();
+        let blocks = self.ram.blocks();
+        check_blocks(blocks)?;
+        let pages = |block: &RamBlock| BlockPages {
+            pages: block.pages(),
+            host_pages: block.page_bytes() / PAGE_BYTES,
+            travels: self.shared.travels(block.sharing()),
+        };
+        let pages: Vec<BlockPages> = blocks.iter().map(pages).collect();
+        self.schedule = Schedule::new(&pages);
+        self.writer = PageWriter::new(new_cache(self.options.xbzrle_cache_bytes)?);
+        self.converge = AutoConverge::new(self.options.throttle);
+        self.watch = Watch::new(Instant::now());
+        self.failure = None;
+        let names = blocks.iter().map(|block| block.idstr().clone());
+        self.shared.begin(names.zip(pages));
+        let stats = &self.shared.stats;
+        let total_bytes = self.schedule.total() * PAGE_BYTES;
+        stats.total_bytes.store(total_bytes, Relaxed);
+        Ok(())
+    }
+
+    fn list_blocks(&mut self, sink: &mut dyn Sink) -> Result<(), HandlerError> {
+        let ram = Arc::clone(&self.ram);
+        let total_bytes = ram.blocks().iter().map(RamBlock::used_bytes).sum();
+        self.writer
+            .record(RamRecord::BlockList { total_bytes }, sink)?;
+        for block in ram.blocks() {
+            let page_bytes = block.page_bytes();
+            let is_told = self.options.postcopy && page_bytes != PAGE_BYTES;
+            let address = block.guest_address().unwrap_or(0);
+            let record = RamRecord::Block {
+                name: block.idstr().clone(),
+                used_bytes: block.used_bytes(),
+                page_bytes: is_told.then_some(page_bytes),
+                guest_address: self.options.ignore_shared.then_some(address),
+                mapped: None,
+            };
+            self.writer.record(record, sink)?;
+        }
+        Ok(())
+    }
+
+    fn send(&mut self, run: &Run, sink: &mut dyn Sink) -> Result<(), HandlerError> {
+        // Before the second pass nothing is known to be sent; after the switch QEMU takes no changes.
+        let mode = match self.schedule.is_bulk() || self.schedule.is_postcopy() {
+            true => Mode::Whole,
+            false => Mode::Changes(self.schedule.passes()),
+        };
+        let Some(block) = self.ram.blocks().get(run.block.0) else {
+            return Ok(());
+        };
+        self.watch.sent();
+        self.writer.run(block, run, mode, &self.shared.stats, sink)
+    }
+
+    /// Ask the log what was written since it was asked last.
+    fn collect(&mut self) -> Result<(), RamSourceError> {
+        if let Some(failure) = self.failure.take() {
+            return Err(failure);
+        }
+        self.check_lengths()?;
+        let (begun, mut newly) = (Instant::now(), 0);
+        let schedule = &mut self.schedule;
+        self.log.collect(&*self.ram, &mut |block, pages| {
+            newly += schedule.mark(block, pages);
+        })?;
+        let took = begun.elapsed();
+        let period = self.watch.collected(begun, took, newly);
+        let stats = &self.shared.stats;
+        stats
+            .dirty_pages_per_second
+            .store(self.watch.pages_per_second(), Relaxed);
+        stats.dirty_log_us.store(micros(took), Relaxed);
+        self.slow_down(period, newly);
+        Ok(())
+    }
+
+    /// The destination was told the lengths.
+    fn check_lengths(&self) -> Result<(), RamSourceError> {
+        let mut blocks = self.ram.blocks().iter().zip(self.shared.listed_bytes());
+        match blocks.find(|(block, listed)| block.used_bytes() != *listed) {
+            None => Ok(()),
+            Some((block, listed)) => Err(RamSourceError::Resized {
+                block: block.idstr().clone(),
+                listed,
+                used_bytes: block.used_bytes(),
+            }),
+        }
+    }
+
+    fn slow_down(&mut self, period: Duration, newly: u64) {
+        let Some(throttle) = &mut self.throttle else {
+            return;
+        };
+        let sent = self.watch.wire_bytes_since(self.writer.wire_bytes());
+        if self.schedule.is_bulk() {
+            return;
+        }
+        if let Some(percent) = self.converge.observe(period, newly * PAGE_BYTES, sent) {
+            tracing::info!(
+                percent,
+                "the guest writes its memory too fast: it is slowed down"
+            );
+            throttle.set(percent);
+            self.shared.stats.throttle_percent.store(percent, Relaxed);
+        }
+    }
+
+    /// The next run of this pass, or else of the next.
+    fn next_run(&mut self) -> Result<Option<Run>, RamSourceError> {
+        if let Some(run) = self.schedule.next(RUN_PAGES) {
+            return Ok(Some(run));
+        }
+        self.collect()?;
+        match self.schedule.begin_pass() {
+            true => Ok(self.schedule.next(RUN_PAGES)),
+            false => Ok(None),
+        }
+    }
+
+    fn end_of_section(&mut self, sink: &mut dyn Sink) -> Result<(), HandlerError> {
+        self.writer.record(RamRecord::EndOfSection, sink)?;
+        self.publish();
+        self.writer.flush(sink)
+    }
+
+    fn publish(&self) {
+        let stats = &self.shared.stats;
+        stats.passes.store(self.schedule.passes(), Relaxed);
+        let left = self.schedule.left() * PAGE_BYTES;
+        stats.remaining_bytes.store(left, Relaxed);
+    }
+
+    /// Write the body of a PART while everything is still here.
+    fn iterate_precopy(&mut self, sink: &mut dyn Sink) -> Result<Progress, HandlerError> {
+        // Under a rate limit no more than this time slice allows, so that commands are heard.
+        let bytes_max = PART_BYTES_MAX.min(sink.allowance().max(1));
+        let (before, mut pages) = (self.writer.wire_bytes(), 0);
+        let progress = loop {
+            let Some(run) = self.next_run()? else {
+                break Progress::Finished;
+            };
+            self.send(&run, sink)?;
+            pages += run.pages.end - run.pages.start;
+            if self.writer.wire_bytes() - before >= bytes_max || pages >= PART_PAGES_MAX {
+                break Progress::Unfinished;
+            }
+        };
+        self.end_of_section(sink)?;
+        Ok(progress)
+    }
+
+    /// Look at the log again where somebody may act on what is known to be left.
+    fn look_again(&mut self) {
+        let estimate = self.estimate_bytes();
+        let now = Instant::now();
+        if self.failure.is_none()
+            && self
+                .watch
+                .is_due(now, estimate <= self.shared.exact_below())
+            && let Err(failure) = self.collect()
+        {
+            self.failure = Some(failure);
+        }
+    }
+
+    /// What is left, together with what was probably written since the log was asked.
+    fn estimate_bytes(&self) -> u64 {
+        let left = self.schedule.left();
+        let more = self.watch.probably_dirtied(Instant::now());
+        left.saturating_add(more).min(self.schedule.total()) * PAGE_BYTES
+    }
+
+    fn tell_pending(&mut self) -> Pending {
+        let left_bytes = self.schedule.left() * PAGE_BYTES;
+        if self.schedule.is_postcopy() {
+            return Pending::Dirty {
+                bytes: 0,
+                later_bytes: left_bytes,
+                read_time: Duration::ZERO,
+            };
+        }
+        if !self.schedule.is_bulk() {
+            self.look_again();
+        }
+        // A log that failed lets nothing complete; the next iteration says why.
+        if self.schedule.is_bulk() || self.failure.is_some() {
+            return Pending::Bulk { bytes: left_bytes };
+        }
+        let estimate = self.estimate_bytes();
+        let (bytes, later_bytes) = match self.options.postcopy {
+            true => (0, estimate),
+            false => (estimate, 0),
+        };
+        Pending::Dirty {
+            bytes,
+            later_bytes,
+            read_time: Duration::ZERO,
+        }
+    }
+}
+
+impl SaveHandler for RamSource {
+    fn is_active(&self) -> bool {
+        true
+    }
+
+    fn setup(&mut self, sink: &mut dyn Sink) -> Result<(), HandlerError> {
+        self.reset()?;
+        self.log.start(&*self.ram).map_err(RamSourceError::Log)?;
+        self.log_runs = true;
+        self.list_blocks(sink)?;
+        self.end_of_section(sink)
+    }
+
+    fn iterate(&mut self, sink: &mut dyn Sink) -> Result<Progress, HandlerError> {
+        match self.schedule.is_postcopy() {
+            true => self.iterate_postcopy(sink),
+            false => self.iterate_precopy(sink),
+        }
+    }
+
+    fn pending(&mut self) -> Pending {
+        self.tell_pending()
+    }
+
+    fn complete(
+        &mut self,
+        _stopped: &GuestStopped,
+        sink: &mut dyn Sink,
+    ) -> Result<(), HandlerError> {
+        self.collect()?;
+        while self.schedule.left() > 0 {
+            match self.schedule.next(RUN_PAGES) {
+                Some(run) => self.send(&run, sink)?,
+                None => {
+                    self.schedule.begin_pass();
+                }
+            }
+        }
+        self.end_of_section(sink)
+    }
+
+    fn postcopy(&mut self) -> Option<&mut dyn PostcopyHandler> {
+        self.options.postcopy.then_some(self)
+    }
+
+    fn cleanup(&mut self) {
+        if std::mem::take(&mut self.log_runs) {
+            self.log.stop(&*self.ram);
+        }
+        let percent = self.shared.stats.throttle_percent.swap(0, Relaxed);
+        if let Some(throttle) = self.throttle.as_mut().filter(|_| percent > 0) {
+            throttle.set(0);
+        }
+    }
+}
+
+impl Drop for RamSource {
+    fn drop(&mut self) {
+        self.cleanup();
+    }
+}
+
+fn check_blocks(blocks: &[RamBlock]) -> Result<(), RamSourceError> {
+    if blocks.len() > MAX_RAM_BLOCKS as usize {
+        let blocks = blocks.len();
+        return Err(RamSourceError::TooManyBlocks { blocks });
+    }
+    let mut names = std::collections::HashSet::new();
+    let mut total: u64 = 0;
+    for block in blocks {
+        if !names.insert(block.idstr()) {
+            return Err(RamSourceError::Duplicate(block.idstr().clone()));
+        }
+        let sum = total.checked_add(block.max_bytes());
+        total = sum.ok_or(RamSourceError::TooLong)?;
+    }
+    Ok(())
+}
+
+fn new_cache(bytes: Option<u64>) -> Result<Option<XbzrleCache>, RamSourceError> {
+    bytes
+        .map(|bytes| XbzrleCache::new(bytes).ok_or(RamSourceError::SmallCache { bytes }))
+        .transpose()
+}
+
+fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests;

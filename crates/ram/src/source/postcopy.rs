@@ -1,0 +1,130 @@
+//! What the source does when the guest runs at the destination.
+
+use vmferry_savevm::{HandlerError, PostcopyHandler, Progress, Sink, TellDiscard};
+use vmferry_stream::DiscardRange;
+
+use super::RamSource;
+use crate::block::{BlockIndex, PAGE_BYTES, RamBlock};
+
+/// Pages that are taken, and read, at once: a request waits for them.
+const RUN_PAGES: u64 = 16;
+
+/// A PART is ended after this many bytes; also after a request was served.
+const PART_BYTES_MAX: u64 = 1 << 20;
+
+/// Ranges that are told at once.
+const RANGES_MAX: usize = 1 << 10;
+
+/// What a PART or END may carry.
+#[derive(Clone, Copy)]
+enum Until {
+    /// So many bytes, or a request that was served.
+    Part { bytes_max: u64 },
+    /// Everything.
+    End,
+}
+
+impl RamSource {
+    pub(super) fn iterate_postcopy(
+        &mut self,
+        sink: &mut dyn Sink,
+    ) -> Result<Progress, HandlerError> {
+        let bytes_max = PART_BYTES_MAX.min(sink.allowance().max(1));
+        self.send_missing(Until::Part { bytes_max }, sink)
+    }
+
+    /// Write the body of a section: requested pages first, then onwards from the last of them.
+    fn send_missing(
+        &mut self,
+        until: Until,
+        sink: &mut dyn Sink,
+    ) -> Result<Progress, HandlerError> {
+        self.take_up_again();
+        let before = self.writer.wire_bytes();
+        let progress = loop {
+            let served = self.take_request();
+            let Some(run) = self.schedule.next(RUN_PAGES) else {
+                break Progress::Finished;
+            };
+            self.send(&run, sink)?;
+            let is_served = served && !self.schedule.is_serving() && !self.shared.has_request();
+            match until {
+                Until::Part { bytes_max }
+                    if is_served || self.writer.wire_bytes() - before >= bytes_max =>
+                {
+                    break Progress::Unfinished;
+                }
+                // Somebody waits for it: it must not stay in the buffer.
+                Until::End if is_served => self.writer.flush(sink)?,
+                Until::Part { .. } | Until::End => {}
+            }
+        };
+        self.end_of_section(sink)?;
+        Ok(progress)
+    }
+
+    /// Is a request being served, this one or one that was begun?
+    fn take_request(&mut self) -> bool {
+        if !self.schedule.is_serving()
+            && let Some(request) = self.shared.next_request()
+        {
+            self.schedule.serve(request);
+        }
+        self.schedule.is_serving()
+    }
+
+    /// The connection is a new one.
+    fn take_up_again(&mut self) {
+        if let Some(to_send) = self.shared.take_resumed() {
+            self.schedule.resume(to_send);
+            self.writer.discard();
+            self.writer.forget_block();
+        }
+    }
+}
+
+impl PostcopyHandler for RamSource {
+    fn discard(&mut self, tell: &mut TellDiscard<'_>) -> Result<(), HandlerError> {
+        self.collect()?;
+        self.schedule.switch_to_postcopy();
+        self.writer.forget_pages();
+        self.writer.forget_block();
+        let mut told = false;
+        let ram = std::sync::Arc::clone(&self.ram);
+        for (index, block) in ram.blocks().iter().enumerate() {
+            let mut runs = self.schedule.left_of(BlockIndex(index)).peekable();
+            while runs.peek().is_some() {
+                let ranges: Vec<DiscardRange> = runs.by_ref().take(RANGES_MAX).map(range).collect();
+                tell(block.idstr(), &ranges)?;
+                told = true;
+            }
+        }
+        if !told && let Some(block) = self.block_to_name() {
+            // Without any, no real destination would start its guest.
+            tell(block.idstr(), &[range(0..0)])?;
+        }
+        self.shared.begin_postcopy();
+        self.publish();
+        Ok(())
+    }
+
+    fn complete(&mut self, sink: &mut dyn Sink) -> Result<(), HandlerError> {
+        self.send_missing(Until::End, sink).map(|_| ())
+    }
+}
+
+impl RamSource {
+    /// A block that the destination has of us, if there is one.
+    fn block_to_name(&self) -> Option<&RamBlock> {
+        let blocks = self.ram.blocks();
+        let travels = |block: &&RamBlock| self.shared.travels(block.sharing());
+        blocks.iter().find(travels).or(blocks.first())
+    }
+}
+
+fn range(pages: std::ops::Range<u64>) -> DiscardRange {
+    DiscardRange {
+        start_bytes: pages.start * PAGE_BYTES,
+        length_bytes: (pages.end - pages.start) * PAGE_BYTES,
+    }
+}
