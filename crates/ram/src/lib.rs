@@ -15,6 +15,8 @@ mod sys;
 #[cfg(test)]
 mod testing;
 mod userfault;
+#[cfg(feature = "vm-memory")]
+mod vm_memory;
 mod xbzrle_cache;
 
 pub use bitmap::PageBitmap;
@@ -31,6 +33,8 @@ pub use source::{
     RequestError, Throttle, ThrottleParameters,
 };
 pub use userfault::{Fault, Placed, Userfault, UserfaultError, check_postcopy};
+#[cfg(feature = "vm-memory")]
+pub use vm_memory::{VmMemory, VmMemoryLog};
 
 /// Name of the section.
 pub const SECTION_NAME: &str = "ram";

@@ -21,6 +21,10 @@ use crate::userfault::{Userfault, UserfaultError};
 /// Runs of pages that one call of the kernel reports at most.
 const RUNS: usize = 4096;
 
+/// How much is protected at once. In between, whoever wants to change the memory map gets his turn; a
+/// multiple of all huge pages.
+const PROTECT_BYTES: usize = 1 << 30;
+
 const PAGEMAP: &str = "/proc/self/pagemap";
 const PAGEMAP_SCAN: u32 = opcode::read_write::<sys::pm_scan_arg>(b'f', 16);
 /// Protect what is reported; fail if the memory is not registered as it must be.
@@ -126,9 +130,12 @@ impl DirtyLog for UserfaultLog {
         let userfault = Userfault::open_write_protect_async().map_err(because("open"))?;
         for block in ram.blocks() {
             userfault.register(block).map_err(because("start"))?;
-            userfault
-                .protect(block, 0, block.max_bytes())
-                .map_err(because("start"))?;
+            for offset in (0..block.max_bytes()).step_by(PROTECT_BYTES) {
+                let bytes = (block.max_bytes() - offset).min(PROTECT_BYTES as u64);
+                userfault
+                    .protect(block, offset, bytes)
+                    .map_err(because("start"))?;
+            }
         }
         self.userfault = Some(userfault);
         Ok(())
