@@ -3,11 +3,12 @@
 
 mod live;
 
+use std::fs::File;
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use vmferry_disk::OpenError;
+use vmferry_disk::{Access, ImageLock, OpenError};
 use vmferry_inspect::Report;
 use vmferry_qcow2::{ChainOptions, Error as Qcow2Error, Qcow2Disk};
 use vmferry_snapshot::{Moment, NamedDisk, SnapshotError};
@@ -15,7 +16,7 @@ use vmferry_snapshot::{Moment, NamedDisk, SnapshotError};
 use super::whole_file::Output;
 use crate::exit::{Exit, Failure};
 use crate::flags::snapshot::{
-    DisksFlags, ExportFlags, ImportFlags, ListFlags, SnapshotCommand, SnapshotFlags, WhichFlags,
+    DisksFlags, ExportFlags, ImportFlags, ListFlags, SnapshotCommand, SnapshotFlags,
 };
 use crate::output;
 use crate::render;
@@ -34,28 +35,40 @@ pub(crate) fn run(flags: &SnapshotFlags) -> Result<Exit, Failure> {
 }
 
 /// Images and what they are called.
-struct Images(Vec<(String, Qcow2Disk)>);
+struct Images {
+    disks: Vec<(String, Qcow2Disk)>,
+    /// Of those that are only read: nobody changes them meanwhile.
+    _locks: Vec<ImageLock>,
+}
 
 impl Images {
     fn open<'a>(
         paths: impl IntoIterator<Item = &'a PathBuf>,
         read_only: bool,
     ) -> Result<Self, Failure> {
-        let images = paths.into_iter().map(|path| {
-            let name = path.display().to_string();
-            Ok((name, image(path, read_only)?))
-        });
-        Ok(Self(images.collect::<Result<_, Failure>>()?))
+        let (mut disks, mut locks) = (Vec::new(), Vec::new());
+        for path in paths {
+            if read_only {
+                locks.push(freeze(path)?);
+            }
+            let disk = open(path, read_only).map_err(|error| cannot_open(path, error))?;
+            disks.push((path.display().to_string(), disk));
+        }
+        Ok(Self {
+            disks,
+            _locks: locks,
+        })
     }
 
     fn named(&self) -> Vec<NamedDisk<'_>> {
-        let named = self.0.iter().map(|(name, disk)| NamedDisk { name, disk });
+        let disks = self.disks.iter();
+        let named = disks.map(|(name, disk)| NamedDisk { name, disk });
         named.collect()
     }
 
     /// Close all of them in good order.
     fn close(self) -> Result<(), Failure> {
-        for (name, disk) in self.0 {
+        for (name, disk) in self.disks {
             disk.close().map_err(|error| {
                 let message = format!("{name}: {error}");
                 Failure::new(Exit::Failed, message)
@@ -78,8 +91,21 @@ fn open(path: &Path, read_only: bool) -> Result<Qcow2Disk, Qcow2Error> {
     vmferry_qcow2::open(path, options)
 }
 
+/// A table of snapshots that somebody changes cannot be read.
+fn freeze(path: &Path) -> Result<ImageLock, Failure> {
+    let unreadable = |error: io::Error| {
+        let path = path.display();
+        Failure::new(Exit::Unreadable, format!("{path}: {error}"))
+    };
+    let file = File::open(path).map_err(unreadable)?;
+    ImageLock::acquire(&file, path, Access::Freeze)
+        .map_err(|error| cannot_open(path, Qcow2Error::Open(error.into())))
+}
+
 fn cannot_open(path: &Path, error: Qcow2Error) -> Failure {
     match error {
+        Qcow2Error::Open(error @ OpenError::Lock(_)) => Failure::new(Exit::Unreadable, error)
+            .hint("if a vmferry daemon serves it, see --qmp of vmferry snapshot"),
         // It says the path itself.
         Qcow2Error::Open(error) => Failure::new(Exit::Unreadable, error),
         error => {
@@ -89,18 +115,6 @@ fn cannot_open(path: &Path, error: Qcow2Error) -> Failure {
     }
 }
 
-/// The images that are meant, unless a daemon serves them.
-fn offline(which: &WhichFlags, read_only: bool) -> Result<Images, Failure> {
-    let open = |path: &PathBuf| match open(path, read_only) {
-        Ok(disk) => Ok((path.display().to_string(), disk)),
-        Err(error @ Qcow2Error::Open(OpenError::Lock(_))) => Err(cannot_open(path, error)
-            .hint("if a vmferry daemon serves it, say --qmp and the disk's name there")),
-        Err(error) => Err(cannot_open(path, error)),
-    };
-    let images = which.disks.iter().map(open);
-    Ok(Images(images.collect::<Result<_, Failure>>()?))
-}
-
 fn list(flags: &ListFlags) -> Result<Exit, Failure> {
     let (listing, single) = match &flags.which.qmp {
         Some(address) => {
@@ -108,8 +122,11 @@ fn list(flags: &ListFlags) -> Result<Exit, Failure> {
             (live.list(), live.is_single())
         }
         None => {
-            let images = offline(&flags.which, true)?;
-            (vmferry_snapshot::list(&images.named()), images.0.len() == 1)
+            let images = Images::open(&flags.which.disks, true)?;
+            (
+                vmferry_snapshot::list(&images.named()),
+                images.disks.len() == 1,
+            )
         }
     };
     let mut out = output::stdout();
@@ -126,7 +143,7 @@ fn change(flags: &DisksFlags, deed: Deed) -> Result<Exit, Failure> {
     if let Some(address) = &flags.which.qmp {
         return Live::connect(address, &flags.which)?.run(deed, flags);
     }
-    let images = offline(&flags.which, false)?;
+    let images = Images::open(&flags.which.disks, false)?;
     let (disks, name) = (images.named(), flags.name.as_str());
     let done = match deed {
         Deed::Save => vmferry_snapshot::create(&disks, name, Moment::now(0)),

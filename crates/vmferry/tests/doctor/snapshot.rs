@@ -128,7 +128,14 @@ fn what_is_no_image_or_no_stream_is_refused() {
     let text = printed(&run(["snapshot", "list", &a]), 0);
     assert_eq!(text, "There is no snapshot that could be applied.\n");
     let used = open(&a);
-    let refused = failure(&run(["snapshot", "create", "now", &a]), 2);
-    assert!(refused.contains("lock"), "{refused}");
+    for args in [&["list", a.as_str()][..], &["create", "now", &a]] {
+        let refused = run(["snapshot"].iter().chain(args));
+        assert_eq!(refused.status.code(), Some(2), "{args:?}");
+        let errors = String::from_utf8_lossy(&refused.stderr);
+        assert!(
+            errors.contains("lock") && errors.contains("hint: if a vmferry daemon serves it"),
+            "{errors}"
+        );
+    }
     drop(used);
 }

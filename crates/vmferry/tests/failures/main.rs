@@ -14,6 +14,7 @@ mod cuts;
 mod guest;
 mod kills;
 mod link;
+mod live_snapshots;
 mod load;
 mod log;
 mod pair;

@@ -11,6 +11,7 @@ mod exports;
 mod guest_disk;
 mod hosts;
 mod incremental;
+mod live_snapshots;
 mod outgoing;
 mod qcow2;
 mod qemu;

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 
 use super::qemu::{Machine, Version};
-use super::{find, until};
+use super::{find, patterns, until};
 
 /// Bytes of a record, and the unit of its place on the disk.
 const RECORD: usize = 4096;
@@ -52,19 +52,43 @@ impl Guest {
     /// The same with a disk that is an NBD export. QEMU waits half a minute for a server that is gone, and stops the guest
     /// at an error instead of telling it.
     pub(crate) fn host_on_export(&mut self, socket: &Path, export: &str) -> Option<Machine> {
-        let server = format!(
-            "file.server.type=unix,file.server.path={}",
-            socket.display()
-        );
-        let node = format!("file.driver=nbd,file.export={export},{server},file.reconnect-delay=30");
-        let drive = format!("{node},format=raw,if=virtio,id=disk0,werror=stop,rerror=stop");
         let machine = self.diskless(Version::V10_0, false)?;
+        let drive = drive(socket, export);
+        Some(machine.args(["-drive", &drive]))
+    }
+
+    /// The same for a guest that writes and verifies patterns. With `writethrough` no write is acknowledged before it is
+    /// durable: a server that dies takes none with it that the guest believes to be on the disk.
+    pub(crate) fn host_of_patterns(
+        &mut self,
+        socket: &Path,
+        export: &str,
+        writethrough: bool,
+    ) -> Option<Machine> {
+        let initrd = find("VMFERRY_GUEST_INITRD", "the Linux guest")?;
+        let initrd = patterns::initrd(&initrd, self.dir.path());
+        let line = format!("console=ttyS0 quiet rdinit=/{}", patterns::PROGRAM);
+        let machine = self.machine(Version::V10_0, &initrd, &line)?;
+        let cache = match writethrough {
+            true => "writethrough",
+            false => "writeback",
+        };
+        let drive = format!("{},cache={cache}", drive(socket, export));
         Some(machine.args(["-drive", &drive]))
     }
 
     fn diskless(&mut self, version: Version, churn: bool) -> Option<Machine> {
-        let kernel = find("VMFERRY_GUEST_KERNEL", "the Linux guest")?;
         let initrd = find("VMFERRY_GUEST_INITRD", "the Linux guest")?;
+        let line = if churn {
+            "console=ttyS0 quiet ferry.churn"
+        } else {
+            "console=ttyS0 quiet"
+        };
+        self.machine(version, &initrd, line)
+    }
+
+    fn machine(&mut self, version: Version, initrd: &Path, line: &str) -> Option<Machine> {
+        let kernel = find("VMFERRY_GUEST_KERNEL", "the Linux guest")?;
         let machine = Machine::new(version)?;
         let console = self
             .dir
@@ -72,18 +96,13 @@ impl Guest {
             .join(format!("console-{}", self.consoles.len()));
         let serial = format!("file:{}", console.display());
         self.consoles.push(console);
-        let line = if churn {
-            "console=ttyS0 quiet ferry.churn"
-        } else {
-            "console=ttyS0 quiet"
-        };
         let machine = machine.args([
             "-m",
             "128",
             "-kernel",
             utf8(&kernel),
             "-initrd",
-            utf8(&initrd),
+            utf8(initrd),
             "-append",
             line,
         ]);
@@ -162,6 +181,16 @@ impl Guest {
             );
         }
     }
+}
+
+/// An NBD export as `disk0`.
+fn drive(socket: &Path, export: &str) -> String {
+    let server = format!(
+        "file.server.type=unix,file.server.path={}",
+        socket.display()
+    );
+    let node = format!("file.driver=nbd,file.export={export},{server},file.reconnect-delay=30");
+    format!("{node},format=raw,if=virtio,id=disk0,werror=stop,rerror=stop")
 }
 
 fn parse(line: &str) -> Option<Tick> {

@@ -8,6 +8,7 @@ pub(crate) mod disk;
 pub(crate) mod guest;
 pub(crate) mod image;
 pub(crate) mod nbd;
+pub(crate) mod patterns;
 pub(crate) mod qemu;
 pub(crate) mod qmp;
 pub(crate) mod serve;
