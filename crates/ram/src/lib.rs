@@ -22,7 +22,8 @@ mod xbzrle_cache;
 pub use bitmap::PageBitmap;
 pub use block::{BlockIndex, BlockLayout, LayoutError, OutOfBlock, PAGE_BYTES, RamBlock, Sharing};
 pub use destination::{
-    CompressedFault, PageFault, RamDestination, RamDestinationError, RamDestinationOptions,
+    CompressedFault, Histogram, IncomingRam, MissingPages, PageFault, PageRequest, RamDestination,
+    RamDestinationError, RamDestinationOptions, RamDestinationStats,
 };
 pub use dirty_log::{
     DirtyLog, DirtyLogError, KvmLog, KvmSlot, MarkedLog, Marker, UserfaultLog, report_bits,

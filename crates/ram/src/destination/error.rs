@@ -4,6 +4,7 @@ use vmferry_stream::Name;
 use vmferry_stream::xbzrle::XbzrleError;
 
 use crate::block::{LayoutError, OutOfBlock};
+use crate::userfault::UserfaultError;
 
 /// A record, or an order of the engine's, that cannot be carried out.
 #[derive(Debug, thiserror::Error)]
@@ -107,6 +108,52 @@ pub enum RamDestinationError {
     /// A record of another section.
     #[error("a record that does not belong into a ram section: {0}")]
     Foreign(String),
+    /// POSTCOPY_ADVISE, although postcopy was not asked for.
+    #[error("postcopy is off here")]
+    PostcopyOff,
+    /// POSTCOPY_ADVISE, which empties memory, after pages.
+    #[error("POSTCOPY_ADVISE after the first pages")]
+    LateAdvice,
+    /// An order that does not belong here.
+    #[error("{what} must not come {when}")]
+    WrongPhase {
+        /// The command.
+        what: &'static str,
+        /// How far the postcopy is.
+        when: &'static str,
+    },
+    /// A range that cannot be discarded.
+    #[error("RAM block '{block}': cannot discard {length:#x} bytes at {start:#x}: {reason}")]
+    Discard {
+        /// The block's name.
+        block: Name,
+        /// Where the range begins.
+        start: u64,
+        /// Its length.
+        length: u64,
+        /// What is wrong.
+        reason: &'static str,
+    },
+    /// POSTCOPY_LISTEN, and a host page could never be placed: only a part of it will come.
+    #[error(
+        "RAM block '{block}': of the host page at {offset:#x} only a part was discarded, or the \
+         block ends in it"
+    )]
+    PartOfHostPage {
+        /// The block's name.
+        block: Name,
+        /// Where the host page begins.
+        offset: u64,
+    },
+    /// Nobody sees which pages are waited for any more.
+    #[error("the thread for faults of guest memory has ended: {reason}")]
+    FaultThread {
+        /// Why.
+        reason: String,
+    },
+    /// Userfaultfd, or something about host pages, failed.
+    #[error(transparent)]
+    Userfault(#[from] UserfaultError),
     /// Payload that no record announced.
     #[error("{bytes} bytes of payload, where {expected} are expected")]
     Payload {
@@ -151,6 +198,47 @@ pub enum PageFault {
     /// A compressed page that is not one page.
     #[error("compressed page: {0}")]
     Compressed(CompressedFault),
+    /// After POSTCOPY_LISTEN, of which only ZERO and PAGE records are known.
+    #[error("a {what} page in postcopy")]
+    NotInPostcopy {
+        /// `changed (XBZRLE)`, `compressed`.
+        what: &'static str,
+    },
+    /// After POSTCOPY_LISTEN, a page of other bytes than zeroes.
+    #[error("a page filled with {fill:#04x} in postcopy")]
+    Fill {
+        /// The byte.
+        fill: u8,
+    },
+    /// After POSTCOPY_LISTEN, a page that is here. The guest may have written it since.
+    #[error("sent twice in postcopy")]
+    SentTwice,
+    /// After POSTCOPY_LISTEN, a guest page in the middle of a host page that did not begin.
+    #[error(
+        "it lies inside a host page of {page_bytes:#x} bytes that did not come from its beginning"
+    )]
+    InsideHostPage {
+        /// Size of the host page.
+        page_bytes: u64,
+    },
+    /// After POSTCOPY_LISTEN, a guest page before the host page was whole that was on its way.
+    #[error(
+        "the host page before it is not whole, whose next guest page is {expected:#x}{}",
+        if *.is_same_block { "" } else { " of another block" }
+    )]
+    HostPageBroken {
+        /// Offset of the guest page that was to come.
+        expected: u64,
+        /// Does that lie in the same block?
+        is_same_block: bool,
+    },
+    /// Memory is there, although the page never came: somebody has touched it before
+    /// POSTCOPY_LISTEN.
+    #[error("its memory is in use, although it never came")]
+    InUse,
+    /// It could not be placed.
+    #[error(transparent)]
+    Userfault(#[from] UserfaultError),
     /// Guest memory refused, although the place was right: it was resized meanwhile.
     #[error(transparent)]
     OutOfBlock(#[from] OutOfBlock),
@@ -190,6 +278,16 @@ pub enum CompressedFault {
         /// How many.
         bytes: u32,
     },
+}
+
+/// The stream is over, but not everything has come.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{pages} pages of RAM block '{block}' are missing")]
+pub struct MissingPages {
+    /// The first block of which pages are missing.
+    pub block: Name,
+    /// How many of it, in guest pages.
+    pub pages: u64,
 }
 
 fn on(is_on: bool) -> &'static str {

@@ -101,6 +101,7 @@ impl BlockList {
             });
         }
         *self = Self::Complete;
+        memory.set_listed();
         Ok(())
     }
 }
@@ -152,6 +153,14 @@ fn check(
             here: used_bytes,
             reason,
         })?;
+        let first = used_bytes.next_multiple_of(page_bytes);
+        let grown = here
+            .used_bytes()
+            .next_multiple_of(page_bytes)
+            .saturating_sub(first);
+        if terms.is_advised && grown > 0 && !memory.is_ignored(index) {
+            here.forget(first, grown)?;
+        }
     }
     Ok(())
 }

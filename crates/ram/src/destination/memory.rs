@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use vmferry_stream::{Name, RamPage};
 
@@ -19,6 +19,8 @@ pub(super) struct Memory {
     by_name: HashMap<Name, usize>,
     /// One for each block, in the guest's order.
     received: Vec<Received>,
+    /// The list of blocks came, and is right.
+    is_listed: AtomicBool,
 }
 
 struct Received {
@@ -52,7 +54,16 @@ impl Memory {
             ram,
             by_name,
             received,
+            is_listed: AtomicBool::new(false),
         })
+    }
+
+    pub(super) fn is_listed(&self) -> bool {
+        self.is_listed.load(Ordering::Acquire)
+    }
+
+    pub(super) fn set_listed(&self) {
+        self.is_listed.store(true, Ordering::Release);
     }
 
     pub(super) fn ram(&self) -> &dyn GuestRam {
@@ -106,6 +117,52 @@ impl Memory {
         }
     }
 
+    /// These bytes, whole pages, are not there any more.
+    pub(super) fn unmark(&self, index: usize, offset: u64, bytes: u64) {
+        let Some(block) = self.received.get(index) else {
+            return;
+        };
+        let first = offset / PAGE_BYTES;
+        let pages = first..first.saturating_add(bytes / PAGE_BYTES);
+        let cleared = block.pages.clear_range(pages);
+        block.count.fetch_sub(cleared, Ordering::AcqRel);
+    }
+
+    /// Pages of a block that were received.
+    pub(super) fn count(&self, index: usize) -> u64 {
+        let block = self.received.get(index);
+        block.map_or(0, |block| block.count.load(Ordering::Acquire))
+    }
+
+    /// Is every host page received whole, or not at all?
+    pub(super) fn check_host_pages(&self) -> Result<(), RamDestinationError> {
+        for (index, block) in self.travelling() {
+            let page_bytes = block.page_bytes();
+            let wrong = |offset: u64| RamDestinationError::PartOfHostPage {
+                block: block.idstr().clone(),
+                offset: offset & !page_bytes.saturating_sub(1),
+            };
+            if page_bytes == PAGE_BYTES {
+                continue;
+            }
+            if !block.used_bytes().is_multiple_of(page_bytes) {
+                return Err(wrong(block.used_bytes()));
+            }
+            let Some(received) = self.received.get(index) else {
+                continue;
+            };
+            for run in received.pages.runs() {
+                for edge in [run.start, run.end] {
+                    let offset = edge.saturating_mul(PAGE_BYTES);
+                    if !offset.is_multiple_of(page_bytes) {
+                        return Err(wrong(offset));
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Where a page of the stream belongs.
     pub(super) fn locate(&self, index: Option<usize>, page: &RamPage) -> Result<usize, PageFault> {
         let index = index.ok_or(PageFault::UnknownBlock)?;
@@ -127,9 +184,9 @@ impl Memory {
     /// Pages of a block that have not been received.
     pub(super) fn missing(&self, index: usize) -> u64 {
         match (self.block(index), self.received.get(index)) {
-            (Some(block), Some(received)) if !received.is_ignored => block
-                .pages()
-                .saturating_sub(received.count.load(Ordering::Acquire)),
+            (Some(block), Some(received)) if !received.is_ignored => {
+                block.pages().saturating_sub(self.count(index))
+            }
             _ => 0,
         }
     }

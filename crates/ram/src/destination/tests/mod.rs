@@ -1,7 +1,9 @@
 //! Streams that are made here, and streams of real QEMUs.
 
 mod captures;
+mod interrupted;
 mod pages;
+mod postcopy;
 
 use std::io::Write;
 use std::ptr::NonNull;
@@ -9,42 +11,54 @@ use std::sync::Arc;
 
 use flate2::Compression;
 use flate2::write::ZlibEncoder;
+use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 use vmferry_savevm::{
     HandlerError, Incoming, LoadHandler, LoadMachine, LoadOptions, Registration, Registry,
 };
 use vmferry_stream::{
-    Encoder, InstanceId, Name, RamPage, RamRecord, Record, Section, SectionId, SectionKind,
+    DiscardRange, Encoder, InstanceId, Name, RamPage, RamRecord, Record, Section, SectionId,
+    SectionKind,
 };
 
 use super::*;
 use crate::block::{BlockIndex, BlockLayout, LayoutError, RamBlock, Sharing};
+use crate::userfault::check_postcopy;
 use crate::{SECTION_NAME, SECTION_VERSION};
 
-/// Blocks of any layout, over memory of the test.
+/// Blocks of any layout. Host pages of any size are made of ordinary ones: enough for everything but
+/// whether they are placed at once.
 pub(super) struct TestRam {
     blocks: Vec<RamBlock>,
-    /// Keeps what they point to.
-    _memory: Vec<Vec<Aligned>>,
+    /// What was mapped for each.
+    mapped: Vec<(NonNull<u8>, usize)>,
 }
 
-#[repr(align(4096))]
-#[derive(Clone)]
-struct Aligned(#[expect(dead_code, reason = "read and written through the block")] [u8; PAGE]);
+// SAFETY: `mapped` is only there to be unmapped.
+unsafe impl Send for TestRam {}
+// SAFETY: as above.
+unsafe impl Sync for TestRam {}
 
 impl TestRam {
     pub(super) fn new(layouts: Vec<BlockLayout>) -> Arc<Self> {
-        let (mut blocks, mut memory) = (Vec::new(), Vec::new());
+        let mut ram = Self {
+            blocks: Vec::new(),
+            mapped: Vec::new(),
+        };
         for layout in layouts {
-            let mut pages = vec![Aligned([0; PAGE]); layout.max_bytes as usize / PAGE];
-            let start = NonNull::new(pages.as_mut_ptr().cast()).unwrap();
-            // SAFETY: `_memory` keeps it, and nobody else looks at it.
-            blocks.push(unsafe { RamBlock::new(layout, start) }.unwrap());
-            memory.push(pages);
+            let align = layout.page_bytes as usize;
+            let bytes = layout.max_bytes as usize + align;
+            let (rights, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE);
+            // SAFETY: the host picks a place where nothing is.
+            let start = unsafe { mmap_anonymous(std::ptr::null_mut(), bytes, rights, flags) };
+            let start = NonNull::new(start.unwrap().cast::<u8>()).unwrap();
+            ram.mapped.push((start, bytes));
+            let first = start.addr().get().next_multiple_of(align) - start.addr().get();
+            // SAFETY: mapped just now, long enough to begin at a host page, and until the blocks are
+            // gone.
+            ram.blocks
+                .push(unsafe { RamBlock::new(layout, start.add(first)) }.unwrap());
         }
-        Arc::new(Self {
-            blocks,
-            _memory: memory,
-        })
+        Arc::new(ram)
     }
 
     pub(super) fn content(&self, block: usize) -> Vec<u8> {
@@ -52,6 +66,27 @@ impl TestRam {
         let mut content = vec![0; block.used_bytes() as usize];
         block.read(0, &mut content).unwrap();
         content
+    }
+}
+
+impl TestRam {
+    /// Only these pages: others may be missing.
+    pub(super) fn content_of(&self, block: usize, pages: std::ops::Range<u64>) -> Vec<u8> {
+        let mut content = vec![0; (pages.end - pages.start) as usize * PAGE];
+        self.blocks[block]
+            .read(pages.start * PAGE_BYTES, &mut content)
+            .unwrap();
+        content
+    }
+}
+
+impl Drop for TestRam {
+    fn drop(&mut self) {
+        self.blocks.clear();
+        for (start, bytes) in self.mapped.drain(..) {
+            // SAFETY: `new` mapped it, and the blocks in it are gone.
+            unsafe { munmap(start.as_ptr().cast(), bytes) }.unwrap();
+        }
     }
 }
 
@@ -88,6 +123,43 @@ pub(super) fn two() -> Arc<TestRam> {
 
 pub(super) fn destination(ram: &Arc<TestRam>) -> RamDestination {
     RamDestination::new(ram.clone(), RamDestinationOptions::default()).unwrap()
+}
+
+/// Can a postcopy be received here? Says if not: the test that asks is left out.
+pub(super) fn can_postcopy() -> bool {
+    match check_postcopy(&*two()) {
+        Ok(()) => true,
+        Err(error) => {
+            println!("left out: {error}");
+            false
+        }
+    }
+}
+
+/// Lets everybody go on who waits for a page, when a test fails: it ends then, instead of waiting too.
+pub(super) struct GiveUp<'a>(pub(super) &'a IncomingRam);
+
+impl Drop for GiveUp<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.abandon();
+        }
+    }
+}
+
+pub(super) fn with_postcopy(ram: &Arc<TestRam>) -> RamDestination {
+    let options = RamDestinationOptions {
+        postcopy: true,
+        ..RamDestinationOptions::default()
+    };
+    RamDestination::new(ram.clone(), options).unwrap()
+}
+
+pub(super) fn range(start_bytes: u64, length_bytes: u64) -> DiscardRange {
+    DiscardRange {
+        start_bytes,
+        length_bytes,
+    }
 }
 
 /// An entry of the list of blocks.
