@@ -187,7 +187,7 @@ fn loses_no_write_of_a_guest_nor_of_its_vmm() {
                 let guest = scope.spawn(move || run_at_random(vcpu, seed));
                 let vmm = scope.spawn(move || {
                     let mut rng = fastrand::Rng::with_seed(seed);
-                    for value in 0..rounds(2000) {
+                    for value in 0..rounds(1000) {
                         // Where the guest does not write.
                         let offset = rng.u64(FIRST_PAGE..PAGES) * PAGE_BYTES + 4088;
                         memory.set_word(offset, value);
@@ -210,10 +210,10 @@ fn loses_no_write_of_a_guest_nor_of_its_vmm() {
 /// The guest writes for a while.
 fn run_at_random(vcpu: &mut Vcpu, seed: u64) {
     let mut rng = fastrand::Rng::with_seed(seed);
-    for _ in 0..rounds(100) {
+    for _ in 0..rounds(30) {
         let page = rng.u64(FIRST_PAGE..PAGES - WINDOW_PAGES);
         let (bx, ax) = (rng.u64(0..2000) * 2, rng.u64(..) & 0xffff);
-        vcpu.run(page, bx, ax, rng.u64(1..2000)).unwrap();
+        vcpu.run(page, bx, ax, rng.u64(1..1000)).unwrap();
     }
 }
 
