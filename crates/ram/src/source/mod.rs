@@ -14,6 +14,7 @@
 mod outgoing;
 mod postcopy;
 mod schedule;
+mod snapshot;
 mod stats;
 mod throttle;
 mod watch;
@@ -36,9 +37,11 @@ pub use throttle::{Throttle, ThrottleParameters};
 use crate::block::{OutOfBlock, PAGE_BYTES, RamBlock};
 use crate::dirty_log::{DirtyLog, DirtyLogError};
 use crate::guest::GuestRam;
+use crate::userfault::UserfaultError;
 use crate::xbzrle_cache::XbzrleCache;
 use outgoing::Shared;
 use schedule::{BlockPages, Run, Schedule};
+use snapshot::Snapshot;
 use throttle::AutoConverge;
 use watch::Watch;
 use writer::{Mode, PageWriter};
@@ -64,6 +67,10 @@ pub struct RamSourceOptions {
     pub xbzrle_cache_bytes: Option<u64>,
     /// Blocks that others share stay where they are (`x-ignore-shared`).
     pub ignore_shared: bool,
+    /// The guest runs on, and its memory is sent as it is when [`SaveHandler::setup`] is called, while
+    /// no guest runs (`background-snapshot`). Nothing else of this makes sense together with it but
+    /// `ignore_shared`.
+    pub background_snapshot: bool,
     /// When to slow the guest down, if a [`Throttle`] was given (`auto-converge`).
     pub throttle: ThrottleParameters,
 }
@@ -91,6 +98,21 @@ pub enum RamSourceError {
     SmallCache {
         /// Its size.
         bytes: u64,
+    },
+    /// Only with what it is compatible with.
+    #[error("a background snapshot cannot be combined with {0}")]
+    SnapshotWith(&'static str),
+    /// What the guest writes during a background snapshot cannot be known.
+    #[error(transparent)]
+    Userfault(#[from] UserfaultError),
+    /// The host refused what a background snapshot needs.
+    #[error("background snapshot: cannot {what}: {source}")]
+    Thread {
+        /// What.
+        what: &'static str,
+        /// What the host said.
+        #[source]
+        source: std::io::Error,
     },
     /// A block got another length while it was sent.
     #[error(
@@ -121,6 +143,9 @@ pub struct RamSource {
     writer: PageWriter,
     watch: Watch,
     shared: Arc<Shared>,
+    /// The guest runs, or is about to run, at the destination.
+    is_postcopy: bool,
+    snapshot: Option<Snapshot>,
     /// The log failed where that could not be said.
     failure: Option<RamSourceError>,
 }
@@ -137,6 +162,7 @@ impl RamSource {
         options: RamSourceOptions,
     ) -> Result<Self, RamSourceError> {
         check_blocks(ram.blocks())?;
+        check_options(&options, throttle.is_some())?;
         let cache = new_cache(options.xbzrle_cache_bytes)?;
         Ok(Self {
             shared: Arc::new(Shared::new(Arc::clone(&ram), options.ignore_shared)),
@@ -149,6 +175,8 @@ impl RamSource {
             schedule: Schedule::new(&[]),
             writer: PageWriter::new(cache),
             watch: Watch::new(Instant::now()),
+            is_postcopy: false,
+            snapshot: None,
             failure: None,
         })
     }
@@ -174,12 +202,26 @@ impl RamSource {
         self.writer = PageWriter::new(new_cache(self.options.xbzrle_cache_bytes)?);
         self.converge = AutoConverge::new(self.options.throttle);
         self.watch = Watch::new(Instant::now());
+        self.is_postcopy = false;
         self.failure = None;
         let names = blocks.iter().map(|block| block.idstr().clone());
         self.shared.begin(names.zip(pages));
         let stats = &self.shared.stats;
         let total_bytes = self.schedule.total() * PAGE_BYTES;
         stats.total_bytes.store(total_bytes, Relaxed);
+        Ok(())
+    }
+
+    /// Know from now on what is written.
+    fn begin(&mut self) -> Result<(), RamSourceError> {
+        if self.options.background_snapshot {
+            let travels = |block: &RamBlock| self.shared.travels(block.sharing());
+            self.snapshot = Some(Snapshot::begin(Arc::clone(&self.ram), travels)?);
+            self.schedule.send_once();
+            return Ok(());
+        }
+        self.log.start(&*self.ram)?;
+        self.log_runs = true;
         Ok(())
     }
 
@@ -206,7 +248,7 @@ impl RamSource {
 
     fn send(&mut self, run: &Run, sink: &mut dyn Sink) -> Result<(), HandlerError> {
         // Before the second pass nothing is known to be sent; after the switch QEMU takes no changes.
-        let mode = match self.schedule.is_bulk() || self.schedule.is_postcopy() {
+        let mode = match self.schedule.is_bulk() || self.is_postcopy {
             true => Mode::Whole,
             false => Mode::Changes(self.schedule.passes()),
         };
@@ -337,7 +379,10 @@ impl RamSource {
 
     fn tell_pending(&mut self) -> Pending {
         let left_bytes = self.schedule.left() * PAGE_BYTES;
-        if self.schedule.is_postcopy() {
+        if self.options.background_snapshot {
+            return self.snapshot_pending();
+        }
+        if self.is_postcopy {
             return Pending::Dirty {
                 bytes: 0,
                 later_bytes: left_bytes,
@@ -371,14 +416,16 @@ impl SaveHandler for RamSource {
 
     fn setup(&mut self, sink: &mut dyn Sink) -> Result<(), HandlerError> {
         self.reset()?;
-        self.log.start(&*self.ram).map_err(RamSourceError::Log)?;
-        self.log_runs = true;
+        self.begin()?;
         self.list_blocks(sink)?;
         self.end_of_section(sink)
     }
 
     fn iterate(&mut self, sink: &mut dyn Sink) -> Result<Progress, HandlerError> {
-        match self.schedule.is_postcopy() {
+        if self.options.background_snapshot {
+            return self.iterate_snapshot(false, sink);
+        }
+        match self.is_postcopy {
             true => self.iterate_postcopy(sink),
             false => self.iterate_precopy(sink),
         }
@@ -393,6 +440,9 @@ impl SaveHandler for RamSource {
         _stopped: &GuestStopped,
         sink: &mut dyn Sink,
     ) -> Result<(), HandlerError> {
+        if self.options.background_snapshot {
+            return self.iterate_snapshot(true, sink).map(drop);
+        }
         self.collect()?;
         while self.schedule.left() > 0 {
             match self.schedule.next(RUN_PAGES) {
@@ -410,6 +460,7 @@ impl SaveHandler for RamSource {
     }
 
     fn cleanup(&mut self) {
+        self.snapshot = None;
         if std::mem::take(&mut self.log_runs) {
             self.log.stop(&*self.ram);
         }
@@ -441,6 +492,19 @@ fn check_blocks(blocks: &[RamBlock]) -> Result<(), RamSourceError> {
         total = sum.ok_or(RamSourceError::TooLong)?;
     }
     Ok(())
+}
+
+fn check_options(options: &RamSourceOptions, throttles: bool) -> Result<(), RamSourceError> {
+    let others = [
+        (options.postcopy, "postcopy"),
+        (options.xbzrle_cache_bytes.is_some(), "XBZRLE"),
+        (throttles, "slowing the guest down"),
+    ];
+    let other = others.into_iter().find(|(is_on, _)| *is_on);
+    match other.filter(|_| options.background_snapshot) {
+        Some((_, what)) => Err(RamSourceError::SnapshotWith(what)),
+        None => Ok(()),
+    }
 }
 
 fn new_cache(bytes: Option<u64>) -> Result<Option<XbzrleCache>, RamSourceError> {

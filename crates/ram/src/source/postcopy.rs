@@ -86,7 +86,8 @@ impl RamSource {
 impl PostcopyHandler for RamSource {
     fn discard(&mut self, tell: &mut TellDiscard<'_>) -> Result<(), HandlerError> {
         self.collect()?;
-        self.schedule.switch_to_postcopy();
+        self.schedule.send_once();
+        self.is_postcopy = true;
         self.writer.forget_pages();
         self.writer.forget_block();
         let mut told = false;

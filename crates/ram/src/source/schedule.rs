@@ -67,8 +67,8 @@ enum Phase {
     Bulk,
     /// Every page was sent once.
     Dirty,
-    /// The guest runs at the destination.
-    Postcopy,
+    /// Nothing is written any more, or nothing that counts: each page is sent once.
+    Once,
 }
 
 impl Schedule {
@@ -89,7 +89,7 @@ impl Schedule {
 
     /// The guest has written these pages; how many were not known to be dirty.
     pub(crate) fn mark(&mut self, block: BlockIndex, pages: Range<u64>) -> u64 {
-        if self.phase == Phase::Postcopy {
+        if self.phase == Phase::Once {
             return 0;
         }
         let block = self.blocks.get(block.0).filter(|block| block.travels);
@@ -103,7 +103,7 @@ impl Schedule {
     pub(crate) fn next(&mut self, pages_max: u64) -> Option<Run> {
         let run = match self.phase {
             Phase::Bulk | Phase::Dirty => self.sweep(pages_max),
-            Phase::Postcopy => self.next_requested(pages_max).or_else(|| {
+            Phase::Once => self.next_requested(pages_max).or_else(|| {
                 self.sweep(pages_max).or_else(|| {
                     self.cursor = (0, 0);
                     self.sweep(pages_max)
@@ -136,10 +136,10 @@ impl Schedule {
         self.request.is_some()
     }
 
-    /// The guest has stopped and will run elsewhere: what is left, in whole host pages, is what the
-    /// destination must forget and will get.
-    pub(crate) fn switch_to_postcopy(&mut self) {
-        self.phase = Phase::Postcopy;
+    /// From now on what is left is sent once, in whole host pages, whatever is written: the guest has
+    /// stopped and will run elsewhere, or its memory is kept as it was.
+    pub(crate) fn send_once(&mut self) {
+        self.phase = Phase::Once;
         self.widen();
         // A pass that was cut short may have got into the middle of a host page.
         if let Some(block) = self.blocks.get(self.cursor.0) {
@@ -179,18 +179,13 @@ impl Schedule {
         self.phase == Phase::Bulk
     }
 
-    /// Does the guest run at the destination?
-    pub(crate) fn is_postcopy(&self) -> bool {
-        self.phase == Phase::Postcopy
-    }
-
     /// Which pass it is, from 1.
     pub(crate) fn passes(&self) -> u64 {
         self.passes
     }
 
     fn sweep(&mut self, pages_max: u64) -> Option<Run> {
-        let whole = self.phase == Phase::Postcopy;
+        let whole = self.phase == Phase::Once;
         while let Some(block) = self.blocks.get(self.cursor.0) {
             if let Some(pages) = block.take(self.cursor.1, u64::MAX, pages_max, whole) {
                 let block = BlockIndex(self.cursor.0);

@@ -3,13 +3,14 @@
 mod model;
 mod postcopy;
 mod precopy;
+mod snapshot;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 
 use super::*;
 use crate::block::BlockIndex;
-use crate::{AnonymousRam, MarkedLog, Marker};
+use crate::{AnonymousRam, MarkedLog, Marker, UserfaultLog};
 use model::Stream;
 
 /// Memory of these blocks that is full of random bytes, but for some pages.
@@ -46,6 +47,29 @@ fn source(ram: &Arc<AnonymousRam>, options: RamSourceOptions) -> (RamSource, Mar
     let ram: Arc<dyn GuestRam> = Arc::clone(ram) as _;
     let source = RamSource::new(ram, Box::new(log), None, options).expect("a source");
     (source, marker)
+}
+
+/// The same, by chance with a log of the kernel's.
+fn any_source(
+    ram: &Arc<AnonymousRam>,
+    options: RamSourceOptions,
+    rng: &mut fastrand::Rng,
+) -> (RamSource, Marker) {
+    let (source, marker) = source(ram, options);
+    if rng.bool() {
+        return (source, marker);
+    }
+    match UserfaultLog::new() {
+        Ok(log) => {
+            let ram: Arc<dyn GuestRam> = Arc::clone(ram) as _;
+            let source = RamSource::new(ram, Box::new(log), None, options).expect("a source");
+            (source, marker)
+        }
+        Err(error) => {
+            eprintln!("left out: {error}");
+            (source, marker)
+        }
+    }
 }
 
 /// Write something somewhere, as a guest does: bytes, whole pages, zeroes, what was there.

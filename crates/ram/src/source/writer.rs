@@ -123,6 +123,46 @@ impl PageWriter {
         Ok(())
     }
 
+    /// Write these pages as they were: `content`.
+    pub(crate) fn copy(
+        &mut self,
+        block: &RamBlock,
+        run: &Run,
+        content: &[u8],
+        stats: &RamSourceStats,
+        sink: &mut dyn Sink,
+    ) -> Result<(), HandlerError> {
+        let before = self.wire_bytes;
+        let mut tally = Tally::default();
+        for (page, content) in run.pages.clone().zip(content.chunks_exact(PAGE_LENGTH)) {
+            self.make_room(sink)?;
+            let at = RamPage {
+                block: block.idstr().clone(),
+                offset_bytes: page * PAGE_BYTES,
+            };
+            if content == ZEROES {
+                self.head(RamRecord::Zero { page: at, fill: 0 });
+                tally.zero += 1;
+            } else {
+                self.whole_page(at, content);
+                tally.normal += 1;
+            }
+            tally.pages += 1;
+        }
+        tally.publish(self.wire_bytes - before, stats);
+        Ok(())
+    }
+
+    /// Make room for so many pages, if there can be.
+    pub(crate) fn reserve(&mut self, pages: u64, sink: &mut dyn Sink) -> Result<(), HandlerError> {
+        let records = usize::try_from(pages).unwrap_or(usize::MAX);
+        let bytes = records.saturating_mul(RECORD_BYTES_MAX);
+        match self.filled.saturating_add(bytes) > self.batch.len() {
+            true => self.flush(sink),
+            false => Ok(()),
+        }
+    }
+
     /// Give everything to the channel.
     pub(crate) fn flush(&mut self, sink: &mut dyn Sink) -> Result<(), HandlerError> {
         let filled = std::mem::take(&mut self.filled);
@@ -210,6 +250,13 @@ impl PageWriter {
                 tally.cache_misses += u64::from(encoded.is_none());
             }
         }
+    }
+
+    /// There is room for it.
+    fn whole_page(&mut self, page: RamPage, content: &[u8]) {
+        let bytes = PAGE_LENGTH as u32;
+        self.head(RamRecord::Page { page, bytes });
+        self.append(content);
     }
 
     /// There is room for it: a record fits into [`MAX_HEADER_BYTES`].

@@ -61,7 +61,7 @@ fn what_does_not_travel_is_never_sent() {
     assert_eq!(schedule.mark(BlockIndex(7), 0..3), 0);
     assert_eq!(schedule.next(9), Some(run(1, 0..1)));
     assert_eq!(schedule.next(9), None);
-    schedule.switch_to_postcopy();
+    schedule.send_once();
     schedule.serve(run(0, 0..3));
     assert_eq!(schedule.next(9), None);
 }
@@ -69,7 +69,7 @@ fn what_does_not_travel_is_never_sent() {
 #[test]
 fn a_request_goes_first_and_the_sweep_goes_on_behind_it() {
     let mut schedule = Schedule::new(&[small(4), small(6)]);
-    schedule.switch_to_postcopy();
+    schedule.send_once();
     assert_eq!(schedule.next(1), Some(run(0, 0..1)));
     schedule.serve(run(1, 2..5));
     assert_eq!(schedule.next(2), Some(run(1, 2..4)));
@@ -98,7 +98,7 @@ fn host_pages_go_whole() {
     schedule.begin_pass();
     schedule.mark(RAM, 3..4);
     schedule.mark(RAM, 17..18);
-    schedule.switch_to_postcopy();
+    schedule.send_once();
     assert_eq!(
         schedule.left_of(RAM).collect::<Vec<_>>(),
         [0..8, 16..20],
@@ -115,7 +115,7 @@ fn host_pages_go_whole() {
 #[test]
 fn only_what_is_missing_is_sent_again() {
     let mut schedule = Schedule::new(&[small(9), small(3)]);
-    schedule.switch_to_postcopy();
+    schedule.send_once();
     schedule.serve(run(0, 0..9));
     schedule.next(5);
     let (first, second) = (PageBitmap::new(9), PageBitmap::new(3));
@@ -306,7 +306,7 @@ fn a_postcopy_sends_what_it_discarded_once() {
             .travelling()
             .filter(|at| model.sent.get(at) != Some(&model.version(*at)))
             .collect();
-        model.schedule.switch_to_postcopy();
+        model.schedule.send_once();
         let mut missing: BTreeSet<(usize, u64)> = (0..model.blocks.len())
             .flat_map(|block| {
                 let left = model.schedule.left_of(BlockIndex(block));

@@ -5,6 +5,7 @@ const POSTCOPY: RamSourceOptions = RamSourceOptions {
     postcopy: true,
     xbzrle_cache_bytes: None,
     ignore_shared: false,
+    background_snapshot: false,
     throttle: ThrottleParameters {
         throttle_trigger_threshold: 50,
         cpu_throttle_initial: 20,
@@ -35,7 +36,7 @@ fn memory_is_the_same_at_the_end() {
             xbzrle_cache_bytes: [None, Some(1 << 20)][rng.usize(..2)],
             ..POSTCOPY
         };
-        let (mut source, marker) = source(&ram, options);
+        let (mut source, marker) = any_source(&ram, options, &mut rng);
         let outgoing = source.outgoing();
         let guest = Guest::run(&ram, &marker, &mut rng);
         let mut stream = Stream::begin(&mut source);

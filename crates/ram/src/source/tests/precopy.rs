@@ -22,7 +22,7 @@ fn memory_is_the_same_at_the_end() {
             xbzrle_cache_bytes: [None, Some(20 << 10), Some(MIB), Some(16 * MIB)][rng.usize(..4)],
             ..RamSourceOptions::default()
         };
-        let (mut source, marker) = source(&ram, options);
+        let (mut source, marker) = any_source(&ram, options, &mut rng);
         // The log is not read before it runs.
         scribble(&ram, &marker, &mut rng);
         let guest = Guest::run(&ram, &marker, &mut rng);
