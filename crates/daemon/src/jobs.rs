@@ -169,8 +169,10 @@ fn job_error(status: &Status) -> Option<String> {
 pub(crate) fn job_status(state: State) -> JobStatus {
     match state {
         State::None | State::Setup => JobStatus::Created,
-        State::Active | State::Device => JobStatus::Running,
-        State::PreSwitchover => JobStatus::Paused,
+        State::Active | State::Device | State::PostcopyActive | State::PostcopyRecover => {
+            JobStatus::Running
+        }
+        State::PreSwitchover | State::PostcopyPaused => JobStatus::Paused,
         State::Cancelling => JobStatus::Aborting,
         State::Completed | State::Failed | State::Cancelled => JobStatus::Concluded,
     }

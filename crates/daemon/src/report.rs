@@ -260,6 +260,9 @@ fn phase(status: &Status) -> &'static str {
         State::Active => "catching up",
         State::PreSwitchover => "waiting for migrate-continue",
         State::Device => "switching over",
+        State::PostcopyActive => "sending memory to a running guest",
+        State::PostcopyPaused => "interrupted",
+        State::PostcopyRecover => "recovering",
         State::Cancelling => "cancelling",
         State::Completed | State::Failed | State::Cancelled => "over",
     }

@@ -1,23 +1,23 @@
 //! The thread that carries a migration out of here: converge, stop the guests, hand over.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use vmferry_block_migration::{
-    SECTION_NAME, SECTION_VERSION, Source, SourceOptions, SourceStats, ThreadReads,
-};
-use vmferry_channel::{ChannelError, Stop, Writer, open_outgoing};
+use vmferry_channel::{ChannelError, Writer, open_outgoing};
 use vmferry_disk::{Hold, Lease};
+use vmferry_ram::OutgoingRam;
 use vmferry_savevm::{
-    Completing, Describe, DirtyTotal, Ended, GuestStopped, Iterating, Opening, Progress, Ready,
-    Registration, Registry, SaveError, TotalPending, begin, cleanup,
+    Completing, DirtyTotal, Ended, GuestStopped, Iterating, Packing, Progress, Ready, SaveError,
+    Switching, TotalPending, begin,
 };
-use vmferry_stream::Command as StreamCommand;
+use vmferry_stream::{Command as StreamCommand, Name};
 
 use crate::convergence::{Forecast, stall_message};
 use crate::hand_over::{CancelGate, CommitError, Committed, Decision, SourceDisk};
+use crate::line::Line;
+use crate::moving::{Figures, Moving, Sections};
 use crate::parameters::{Capabilities, Parameters};
 use crate::record::RecordFile;
 use crate::return_path;
@@ -69,37 +69,65 @@ pub(crate) enum Outcome {
     Here {
         reason: String,
     },
-    /// The daemon ended before a decision; the disks stay held.
+    /// All ends before a decision; the disks stay held.
     Undecided,
 }
 
 /// The migration's thread: owns the save machine.
 pub(crate) struct Engine {
-    peer: String,
-    published: Published,
-    inbox: Receiver<Event>,
+    pub(crate) peer: String,
+    pub(crate) published: Published,
+    pub(crate) inbox: Receiver<Event>,
     events: Sender<Event>,
     gate: Arc<CancelGate>,
-    stop: Stop,
+    pub(crate) line: Line,
     parameters: Parameters,
     capabilities: Capabilities,
     throttle: Throttle,
-    shut: Option<u32>,
-    return_closed: Option<String>,
-    last_pong: Option<(u32, Instant)>,
-    peer_is_ours: bool,
+    pub(crate) heard: Heard,
+    pub(crate) peer_is_ours: bool,
+    listener: Option<JoinHandle<()>>,
     go_on: bool,
+    start_postcopy: bool,
 }
 
-/// Everything that has been sent up to EOF, ready for the point of no return.
-struct AtBarrier {
-    ended: Ended,
+/// What came over the connection in use.
+#[derive(Debug, Default)]
+pub(crate) struct Heard {
+    pub(crate) shut: Option<u32>,
+    pub(crate) closed: Option<String>,
+    pub(crate) last_pong: Option<(u32, Instant)>,
+    /// The PONG behind the devices of a postcopy.
+    pub(crate) package_loaded: bool,
+    pub(crate) bitmaps: Vec<(Name, Vec<u8>)>,
+    pub(crate) resume_ack: Option<u32>,
+}
+
+/// Everything up to the point of no return was sent.
+struct AtSwitch {
+    sink: ChannelSink,
+    two_way: bool,
     held_at: Instant,
+    kind: Switch,
+}
+
+enum Switch {
+    /// All but EOF.
+    Precopy(Ended),
+    /// All but the devices and what memory is left.
+    Postcopy(Packing, GuestStopped),
+}
+
+/// The rest is small enough.
+enum Converged {
+    Precopy(Completing),
+    Postcopy(Switching),
 }
 
 impl Engine {
     pub(crate) fn new(
         job: &SourceJob,
+        line: Line,
         published: Published,
         events: Sender<Event>,
         inbox: Receiver<Event>,
@@ -110,15 +138,15 @@ impl Engine {
             inbox,
             events,
             gate: Arc::default(),
-            stop: job.stop.clone(),
+            line,
             parameters: job.parameters,
             capabilities: job.capabilities,
             throttle: Throttle::new(job.parameters.max_bandwidth),
-            shut: None,
-            return_closed: None,
-            last_pong: None,
+            heard: Heard::default(),
             peer_is_ours: false,
+            listener: None,
             go_on: false,
+            start_postcopy: false,
         }
     }
 
@@ -130,46 +158,71 @@ impl Engine {
         self.throttle.clone()
     }
 
-    pub(crate) fn run(&mut self, leases: Leases, target: Target) -> Result<Outcome, SourceFailure> {
-        let (mut sink, two_way) = self.open(target)?;
-        let claimers = leases.iter().map(|(lease, _)| lease.claimer()).collect();
-        let options = SourceOptions {
-            zero_blocks: self.capabilities.zero_blocks,
-            incremental: self.capabilities.incremental,
-            ..SourceOptions::default()
-        };
-        let source = Source::new(claimers, ThreadReads::new(), options)?;
-        let stats = source.stats();
-        let mut registry = Registry::new();
-        registry
-            .register(Registration::saving(
-                SECTION_NAME,
-                SECTION_VERSION,
-                Box::new(source),
-            ))
-            .map_err(|error| SourceFailure::ReturnClosed(error.to_string()))?;
-        let at_barrier = self.send_all(&leases, &mut registry, &stats, &mut sink, two_way);
-        let AtBarrier { ended, held_at } = match at_barrier {
-            Ok(at_barrier) => at_barrier,
+    pub(crate) fn run(
+        &mut self,
+        mut moving: Moving,
+        target: Target,
+    ) -> Result<Outcome, SourceFailure> {
+        let at_switch = match self.send_all(&mut moving, target) {
+            Ok(at_switch) => at_switch,
             Err(error) => {
-                // Guests go on at once: ending the handler waits for reads, which may be stuck.
-                drop(leases);
-                cleanup(&mut registry);
+                moving.stay();
                 return Err(self.last_word(error));
             }
         };
-        cleanup(&mut registry);
-        self.check_cancelled()?;
-        let committed = Committed::commit(leases, &self.peer, &self.gate).map_err(|e| match e {
-            CommitError::Record(error) => SourceFailure::Record(error),
-            CommitError::Cancelled => SourceFailure::Cancelled,
-        })?;
-        self.hand_over(committed, ended, sink, two_way, held_at)
+        let AtSwitch {
+            sink,
+            two_way,
+            held_at,
+            kind,
+        } = at_switch;
+        let Moving {
+            leases,
+            vcpus,
+            sections,
+            ..
+        } = moving;
+        let mut postcopy = None;
+        let switch = match kind {
+            Switch::Precopy(ended) => {
+                sections.end();
+                Some(ended)
+            }
+            Switch::Postcopy(packing, stopped) => {
+                postcopy = Some((packing, stopped, sections));
+                None
+            }
+        };
+        let committed = self.check_cancelled().and_then(|()| {
+            Committed::commit(leases, vcpus, &self.peer, &self.gate).map_err(|e| match e {
+                CommitError::Record(error) => SourceFailure::Record(error),
+                CommitError::Cancelled => SourceFailure::Cancelled,
+            })
+        });
+        match (switch, postcopy) {
+            (Some(ended), _) => self.hand_over(committed?, ended, sink, two_way, held_at),
+            (None, Some((packing, stopped, sections))) => match committed {
+                Ok(committed) => {
+                    self.switch_to_postcopy(committed, packing, &stopped, sections, sink, held_at)
+                }
+                Err(error) => {
+                    sections.end();
+                    Err(error)
+                }
+            },
+            (None, None) => Err(SourceFailure::Panic),
+        }
     }
 
-    fn open(&mut self, target: Target) -> Result<(ChannelSink, bool), SourceFailure> {
+    /// Open the channel, and listen to it.
+    pub(crate) fn open(
+        &mut self,
+        target: Target,
+        ram: Option<OutgoingRam>,
+    ) -> Result<(ChannelSink, bool), SourceFailure> {
+        let stop = self.line.stop();
         let channel = match target {
-            Target::Uri(uri) => open_outgoing(&uri, &self.stop, CONNECT_PATIENCE)?,
+            Target::Uri(uri) => open_outgoing(&uri, &stop, CONNECT_PATIENCE)?,
             Target::Channel(channel) => channel,
         };
         let (reader, writer) = channel.split();
@@ -182,7 +235,9 @@ impl Engine {
         };
         let two_way = match reader {
             Some(reader) if self.capabilities.return_path => {
-                return_path::listen(reader, self.events.clone()).map_err(SourceFailure::Thread)?;
+                let events = self.events.clone();
+                let listener = return_path::listen(reader, ram, events);
+                self.listener = Some(listener.map_err(SourceFailure::Thread)?);
                 true
             }
             None if self.capabilities.return_path => {
@@ -198,97 +253,153 @@ impl Engine {
         ))
     }
 
-    /// Everything up to, and without, EOF. A failure leaves the leases to be dropped.
-    fn send_all(
-        &mut self,
-        leases: &Leases,
-        registry: &mut Registry<'_>,
-        stats: &SourceStats,
-        sink: &mut ChannelSink,
-        two_way: bool,
-    ) -> Result<AtBarrier, SourceFailure> {
-        let mut commands = match two_way {
-            true => vec![StreamCommand::OpenReturnPath, StreamCommand::Ping(HELLO)],
-            false => Vec::new(),
-        };
-        if two_way && self.capabilities.incremental {
-            commands.push(StreamCommand::Ping(INCREMENTAL));
+    /// Give the connection up. Whatever came over it is in the inbox when this returns.
+    pub(crate) fn hang_up(&mut self) {
+        self.line.break_off();
+        if let Some(listener) = self.listener.take() {
+            let _ = listener.join();
         }
-        let iterating = begin(
-            &Opening {
-                describe: Describe::Empty,
-                commands,
-                ..Opening::default()
-            },
-            registry,
-            sink,
-        )?;
+    }
+
+    /// Everything up to the point of no return.
+    fn send_all(&mut self, moving: &mut Moving, target: Target) -> Result<AtSwitch, SourceFailure> {
+        let (mut sink, two_way) = self.open(target, moving.sections.ram.clone())?;
+        let mut opening = moving.opening.clone();
+        if two_way {
+            opening.commands = vec![StreamCommand::OpenReturnPath, StreamCommand::Ping(HELLO)];
+            if self.capabilities.incremental {
+                opening.commands.push(StreamCommand::Ping(INCREMENTAL));
+            }
+            opening.commands.extend(moving.sections.advice());
+        } else if moving.sections.can_postcopy {
+            return Err(SourceFailure::OneWayPostcopy);
+        }
+        let iterating = begin(&opening, &mut moving.sections.registry, &mut sink)?;
         sink.flush()?;
         self.enter(State::Active);
         self.published.update(|status| {
             status.setup_time = status.begun.map(|begun| begun.elapsed());
             status.pass = 1;
         });
-        let completing = self.converge(iterating, leases, registry, stats, sink, two_way)?;
-        let stopped = self.stop_guests(leases)?;
+        let converged = self.converge(iterating, moving, &mut sink, two_way)?;
         let held_at = Instant::now();
-        let deadline = held_at + BARRIER_PATIENCE;
+        let stopped = self.stop_guests(moving)?;
+        let deadline = Instant::now() + BARRIER_PATIENCE;
         sink.set_deadline(deadline);
         self.throttle.lift();
+        let kind = self.end_live(converged, stopped, &mut moving.sections, &mut sink, two_way)?;
+        Ok(AtSwitch {
+            sink,
+            two_way,
+            held_at,
+            kind,
+        })
+    }
+
+    /// The ENDs of what must be whole before the guest runs elsewhere, and what must be saved of it.
+    fn end_live(
+        &mut self,
+        converged: Converged,
+        stopped: GuestStopped,
+        sections: &mut Sections,
+        sink: &mut ChannelSink,
+        two_way: bool,
+    ) -> Result<Switch, SourceFailure> {
         let barrier = two_way.then_some(BARRIER);
-        self.last_pong = None;
-        let ended = completing.end_live(&stopped, registry, barrier, sink)?;
-        sink.flush()?;
-        self.publish_figures(stats, sink.taken_bytes());
-        if two_way {
-            while self.last_pong.is_none_or(|(value, _)| value != BARRIER) {
-                self.listen(deadline.min(Instant::now() + TICK))?;
-                if Instant::now() >= deadline {
-                    return Err(SourceFailure::Barrier);
-                }
+        self.heard.last_pong = None;
+        let registry = &mut sections.registry;
+        match converged {
+            Converged::Precopy(completing) => {
+                let ended = completing.end_live(&stopped, registry, barrier, sink)?;
+                self.pass_barrier(two_way, &sections.figures, sink)?;
+                let ended = ended.save_devices(&stopped, &mut sections.registry, sink)?;
+                Ok(Switch::Precopy(ended))
+            }
+            Converged::Postcopy(switching) => {
+                let mut packing = switching.end_live(&stopped, registry, sink)?;
+                packing.command(StreamCommand::Ping(BARRIER), sink)?;
+                self.pass_barrier(two_way, &sections.figures, sink)?;
+                // Nothing waits for the last bytes any more.
+                sink.clear_deadline();
+                Ok(Switch::Postcopy(packing, stopped))
             }
         }
-        let ended = ended.save_devices(&stopped, registry, sink)?;
-        Ok(AtBarrier { ended, held_at })
+    }
+
+    /// Wait until the destination has got as far as we.
+    fn pass_barrier(
+        &mut self,
+        two_way: bool,
+        figures: &Figures,
+        sink: &mut ChannelSink,
+    ) -> Result<(), SourceFailure> {
+        let deadline = Instant::now() + BARRIER_PATIENCE;
+        sink.flush()?;
+        self.publish_figures(figures, sink.taken_bytes());
+        while two_way
+            && self
+                .heard
+                .last_pong
+                .is_none_or(|(value, _)| value != BARRIER)
+        {
+            self.listen(deadline.min(Instant::now() + TICK))?;
+            if Instant::now() >= deadline {
+                return Err(SourceFailure::Barrier);
+            }
+        }
+        Ok(())
     }
 
     /// Iterate until what is left fits into the downtime limit.
     fn converge(
         &mut self,
         mut iterating: Iterating,
-        leases: &Leases,
-        registry: &mut Registry<'_>,
-        stats: &SourceStats,
+        moving: &mut Moving,
         sink: &mut ChannelSink,
         two_way: bool,
-    ) -> Result<Completing, SourceFailure> {
-        let mut watch = Watch::new(leases);
+    ) -> Result<Converged, SourceFailure> {
+        let mut watch = Watch::new(&moving.leases);
+        let mut progress = Progress::Unfinished;
         loop {
             self.listen(Instant::now())?;
-            let (begun, before) = (Instant::now(), sink.taken_bytes());
-            let progress = iterating.iterate(registry, sink)?;
-            sink.flush()?;
-            watch.iterated(leases, sink.taken_bytes() - before, begun.elapsed());
-            watch.pong(self.last_pong);
-            self.publish_figures(stats, sink.taken_bytes());
-            if let TotalPending::Dirty(dirty) = iterating.pending(registry) {
+            let Sections {
+                registry, figures, ..
+            } = &mut moving.sections;
+            let pending = match self.start_postcopy {
+                true => iterating.pending_postcopy(registry),
+                false => iterating.pending(registry),
+            };
+            if let TotalPending::Dirty(dirty) = pending {
                 if two_way && watch.wants_ping(progress) {
                     let value = watch.next_ping(progress, &dirty);
                     iterating.command(StreamCommand::Ping(value), sink)?;
                     sink.flush()?;
                 }
                 let forecast = watch.forecast(&dirty, two_way);
-                self.publish_forecast(&mut watch, stats, &dirty, forecast);
+                self.publish_forecast(&mut watch, figures, &dirty, forecast);
                 let limit = self.parameters.downtime_limit;
                 let fits = |dirty: &DirtyTotal| {
                     forecast.is_some_and(|forecast| forecast.total() <= limit)
                         || watch.is_at_best(progress, dirty)
                 };
-                match iterating.try_complete(registry, fits) {
-                    Ready::Go(completing) => return Ok(completing),
-                    Ready::NotYet(same, _) => iterating = same,
-                }
+                iterating = match self.start_postcopy {
+                    false => match iterating.try_complete(registry, fits) {
+                        Ready::Go(completing) => return Ok(Converged::Precopy(completing)),
+                        Ready::NotYet(same, _) => same,
+                    },
+                    true => match iterating.try_postcopy(registry, fits)? {
+                        Ready::Go(switching) => return Ok(Converged::Postcopy(switching)),
+                        Ready::NotYet(same, _) => same,
+                    },
+                };
             }
+            let (begun, before) = (Instant::now(), sink.taken_bytes());
+            progress = iterating.iterate(registry, sink)?;
+            sink.flush()?;
+            let taken = sink.taken_bytes() - before;
+            watch.iterated(&moving.leases, taken, begun.elapsed());
+            watch.pong(self.heard.last_pong);
+            self.publish_figures(figures, sink.taken_bytes());
             self.rest(progress, sink)?;
         }
     }
@@ -306,7 +417,7 @@ impl Engine {
     }
 
     /// Tell the next state, unless a cancel is under way.
-    fn enter(&self, state: State) {
+    pub(crate) fn enter(&self, state: State) {
         self.published.update(|status| {
             if status.state != State::Cancelling {
                 status.state = state;
@@ -314,14 +425,17 @@ impl Engine {
         });
     }
 
-    /// Hold the guests' writes, wait for those in flight, and for leave to go on.
-    fn stop_guests(&mut self, leases: &Leases) -> Result<GuestStopped, SourceFailure> {
+    /// Stop the guest, hold writes to its disks, wait for those in flight, and for leave to go on.
+    fn stop_guests(&mut self, moving: &mut Moving) -> Result<GuestStopped, SourceFailure> {
         let pausing = self.capabilities.pause_before_switchover;
         let state = if pausing {
             State::PreSwitchover
         } else {
             State::Device
         };
+        // Before its disks are held: it must not wait for one of them when it stops.
+        moving.vcpus.stop().map_err(SourceFailure::Guest)?;
+        let leases = &moving.leases;
         for (lease, _) in leases {
             lease.hold(Hold::Writes);
         }
@@ -371,16 +485,16 @@ impl Engine {
             });
         }
         let deadline = Instant::now() + SHUT_PATIENCE;
-        while self.shut.is_none() && self.return_closed.is_none() && Instant::now() < deadline {
+        while !self.heard.is_over() && Instant::now() < deadline {
             self.hear(deadline.min(Instant::now() + TICK));
-            if self.stop.is_triggered() {
+            if self.line.stop().is_triggered() {
                 break;
             }
         }
-        if let Some(status) = self.shut {
+        if let Some(status) = self.heard.shut {
             return Ok(self.answered(committed, status, held_at));
         }
-        let reason = self.return_closed.clone().unwrap_or_else(|| {
+        let reason = self.heard.closed.clone().unwrap_or_else(|| {
             format!(
                 "the destination said nothing for {} s",
                 SHUT_PATIENCE.as_secs()
@@ -401,7 +515,7 @@ impl Engine {
         }
     }
 
-    fn gone(&self, committed: Committed, held_at: Instant) -> Outcome {
+    pub(crate) fn gone(&self, committed: Committed, held_at: Instant) -> Outcome {
         self.published
             .update(|status| status.downtime = Some(held_at.elapsed()));
         committed.decide(Decision::GiveUp);
@@ -437,23 +551,23 @@ impl Engine {
                 Err(RecvTimeoutError::Disconnected) => return Outcome::Undecided,
             }
             // A cancel is refused by now, so this is the end of the daemon.
-            if self.stop.is_triggered() {
+            if self.line.is_ending() || self.line.stop().is_triggered() {
                 return Outcome::Undecided;
             }
         }
     }
 
     /// A destination that gives up closes the channel, too: what it said tells more than that.
-    fn last_word(&mut self, error: SourceFailure) -> SourceFailure {
+    pub(crate) fn last_word(&mut self, error: SourceFailure) -> SourceFailure {
         let deadline = Instant::now() + LAST_WORD_PATIENCE;
         let is_broken = matches!(error, SourceFailure::Save(_) | SourceFailure::Channel(_));
-        while is_broken && self.shut.is_none() && self.return_closed.is_none() {
+        while is_broken && !self.heard.is_over() {
             if Instant::now() >= deadline || self.check_cancelled().is_err() {
                 break;
             }
             self.hear(deadline.min(Instant::now() + TICK));
         }
-        match self.shut {
+        match self.heard.shut {
             Some(status) if is_broken => SourceFailure::Refused { status },
             _ => error,
         }
@@ -466,78 +580,77 @@ impl Engine {
     fn listen(&mut self, deadline: Instant) -> Result<(), SourceFailure> {
         self.hear(deadline);
         self.check_cancelled()?;
-        match (self.shut, &self.return_closed) {
+        match (self.heard.shut, &self.heard.closed) {
             (Some(status), _) => Err(SourceFailure::Refused { status }),
             (None, Some(reason)) => Err(SourceFailure::ReturnClosed(reason.clone())),
             (None, None) => Ok(()),
         }
     }
 
-    fn check_cancelled(&self) -> Result<(), SourceFailure> {
-        if self.gate.is_cancelled() || self.stop.is_triggered() {
+    pub(crate) fn check_cancelled(&self) -> Result<(), SourceFailure> {
+        if self.gate.is_cancelled() || self.line.stop().is_triggered() {
             return Err(SourceFailure::Cancelled);
         }
         Ok(())
     }
 
     /// Wait for one event until `deadline`, then take all that are there.
-    fn hear(&mut self, deadline: Instant) {
+    pub(crate) fn hear(&mut self, deadline: Instant) {
         let patience = deadline.saturating_duration_since(Instant::now());
         let mut event = self.inbox.recv_timeout(patience).ok();
         while let Some(heard) = event {
-            match heard {
-                Event::Pong {
-                    value: HELLO_ANSWER,
-                    ..
-                } => self.peer_is_ours = true,
-                Event::Pong { value, at } => self.last_pong = Some((value, at)),
-                Event::Shut(status) => self.shut = Some(status),
-                Event::ReturnClosed(reason) => self.return_closed = Some(reason),
-                Event::Set(parameters) => self.parameters = parameters,
-                Event::Continue => self.go_on = true,
-                Event::Decide(_) | Event::Wake => {}
-            }
+            self.take(heard);
             event = self.inbox.try_recv().ok();
         }
     }
 
-    fn publish_figures(&self, stats: &SourceStats, wire_bytes: u64) {
-        self.published.update(|status| {
-            status.bulk_bytes = stats.bulk_bytes.load(Ordering::Relaxed);
-            status.bulk_over = stats.bulk_over.load(Ordering::Relaxed);
-            status.moved_bytes = stats.sent_bytes.load(Ordering::Relaxed);
-            status.zero_bytes = stats.zero_bytes.load(Ordering::Relaxed);
-            status.wire_bytes = wire_bytes;
-            status.remaining_bytes = status.total_bytes.saturating_sub(status.bulk_bytes);
-            if status.bulk_over {
-                status.pass = 2 + stats.passes.load(Ordering::Relaxed);
-            }
-        });
+    pub(crate) fn take(&mut self, event: Event) {
+        let heard = &mut self.heard;
+        match event {
+            Event::Pong {
+                value: HELLO_ANSWER,
+                ..
+            } => self.peer_is_ours = true,
+            Event::Pong {
+                value: PACKAGE_LOADED,
+                ..
+            } => heard.package_loaded = true,
+            Event::Pong { value, at } => heard.last_pong = Some((value, at)),
+            Event::Shut(status) => heard.shut = Some(status),
+            Event::ReturnClosed(reason) => heard.closed = Some(reason),
+            Event::Received { block, bitmap } => heard.bitmaps.push((block, bitmap)),
+            Event::ResumeAck(value) => heard.resume_ack = Some(value),
+            Event::Set(parameters) => self.parameters = parameters,
+            Event::Continue => self.go_on = true,
+            Event::StartPostcopy => self.start_postcopy = true,
+            Event::Decide(_) | Event::Wake | Event::Resume(..) => {}
+        }
+    }
+
+    pub(crate) fn publish_figures(&self, figures: &Figures, wire_bytes: u64) {
+        self.published
+            .update(|status| figures.publish(status, wire_bytes));
     }
 
     fn publish_forecast(
         &self,
         watch: &mut Watch,
-        stats: &SourceStats,
+        figures: &Figures,
         dirty: &DirtyTotal,
         forecast: Option<Forecast>,
     ) {
-        let stalled = watch.pass_ended(stats.passes.load(Ordering::Relaxed), dirty.bytes);
+        let stalled = watch.pass_ended(figures.passes(), dirty.bytes);
         let limit = self.parameters.downtime_limit;
+        let dirty_rate = watch.dirty_rate + figures.ram_dirty_rate();
         self.published.update(|status| {
             status.remaining_bytes = dirty.bytes;
             status.bandwidth = watch.bandwidth();
-            status.dirty_rate = watch.dirty_rate;
+            status.dirty_rate = dirty_rate;
             status.expected_downtime = forecast.map(|forecast| forecast.total());
             status.stall = match forecast {
                 Some(forecast) if stalled => {
                     let total = forecast.total();
-                    Some(stall_message(
-                        watch.dirty_rate,
-                        watch.bandwidth(),
-                        total,
-                        limit,
-                    ))
+                    Some(stall_message(dirty_rate, watch.bandwidth(), total, limit))
                 }
                 _ => None,
             };
@@ -546,7 +659,7 @@ impl Engine {
 
     pub(crate) fn publish_outcome(&self, outcome: Result<Outcome, SourceFailure>) {
         // Lets the return path's thread end.
-        self.stop.trigger();
+        self.line.break_off();
         let committed = self.gate.is_committed();
         self.published.update(|status| {
             status.total_time = status.begun.map(|begun| begun.elapsed());
@@ -575,8 +688,17 @@ impl Engine {
     }
 }
 
+impl Heard {
+    /// Will nothing more come?
+    pub(crate) fn is_over(&self) -> bool {
+        self.shut.is_some() || self.closed.is_some()
+    }
+}
+
 /// The PING behind the last chunk. Those of passes have lower values.
 const BARRIER: u32 = u32::MAX;
+/// The PING behind the devices of a postcopy.
+pub(crate) const PACKAGE_LOADED: u32 = u32::MAX - 1;
 
 /// Nobody answers: the end of the writing is all there is.
 fn end_one_way(mut writer: Writer) -> Result<(), ChannelError> {

@@ -8,13 +8,16 @@
 //!                              a crash leaves the record `leaving`: recover
 //! ```
 //!
-//! [`Committed`] has no way back but a decision: dropping it leaves the disks held.
+//! [`Committed`] has no way back but a decision: dropping it leaves the disks held, and the guest
+//! stopped.
 
+use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use vmferry_disk::{InUse, Lease, Leaving, Node};
 
+use crate::guest::{Guest, Vcpus};
 use crate::record::{Record, RecordError, RecordFile, Residence};
 
 /// A disk that can leave.
@@ -35,12 +38,21 @@ pub enum Decision {
     GiveUp,
 }
 
-/// Disks that may live elsewhere.
-#[derive(Debug)]
+/// Disks, and perhaps the machine that uses them, which may live elsewhere.
 #[must_use = "dropping it leaves the disks held"]
 pub struct Committed {
     disks: Vec<Departing>,
+    guest: Option<Box<dyn Guest>>,
     peer: String,
+}
+
+impl fmt::Debug for Committed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Committed")
+            .field("disks", &self.disks)
+            .field("peer", &self.peer)
+            .finish_non_exhaustive()
+    }
 }
 
 #[derive(Debug)]
@@ -62,9 +74,11 @@ enum Before {
 }
 
 impl Committed {
-    /// Write down that the disks leave, then hold everything. On failure they stay.
+    /// Write down that the disks leave, then hold everything. On failure they stay, and the guest
+    /// goes on.
     pub(crate) fn commit(
         disks: Vec<(Lease, Option<RecordFile>)>,
+        vcpus: Vcpus,
         peer: &str,
         gate: &CancelGate,
     ) -> Result<Self, CommitError> {
@@ -85,6 +99,9 @@ impl Committed {
             for ((_, record), before) in disks.iter().zip(&befores) {
                 before.restore(record.as_ref(), peer);
             }
+            // Its disks first: a guest that runs waits for what it holds.
+            drop(disks);
+            drop(vcpus);
             return Err(error);
         }
         let depart = |((lease, record), before): ((Lease, _), _)| Departing {
@@ -95,6 +112,7 @@ impl Committed {
         let disks = disks.into_iter().zip(befores).map(depart).collect();
         Ok(Self {
             disks,
+            guest: vcpus.leave(),
             peer: peer.to_owned(),
         })
     }
@@ -115,6 +133,7 @@ impl Committed {
         });
         Ok(Self {
             disks: disks.collect(),
+            guest: None,
             peer: peer.to_owned(),
         })
     }
@@ -153,6 +172,9 @@ impl Committed {
                     leaving.give_up();
                 }
             }
+        }
+        if let Some(mut guest) = self.guest.filter(|_| decision == Decision::Serve) {
+            guest.run();
         }
     }
 }

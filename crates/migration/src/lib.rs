@@ -6,8 +6,12 @@
 mod convergence;
 mod destination;
 mod engine;
+mod guest;
 mod hand_over;
+mod line;
+mod moving;
 mod parameters;
+mod postcopy;
 mod record;
 mod residence;
 mod return_path;
@@ -17,12 +21,14 @@ mod status;
 mod watch;
 
 pub use destination::{
-    Arrived, DestinationDisk, DestinationFailure, DestinationJob, Rest, receive,
+    Arrived, DestinationDisk, DestinationFailure, DestinationJob, NotPaused, Reconnections, Rest,
+    receive, receive_machine,
 };
+pub use guest::{DestinationMachine, Guest, SourceMachine};
 pub use hand_over::{Committed, Decision, SourceDisk};
 pub use parameters::{Capabilities, DOWNTIME_LIMIT_MAX, Parameters};
 pub use record::{Record, RecordError, RecordFile, Residence};
 pub use residence::{Standing, Start, StartError, start};
 pub use source::{RequestError, RunningSource, SourceFailure, SourceJob, Target};
-pub use status::{Published, State, Status};
+pub use status::{Published, RamStatus, State, Status};
 pub use vmferry_block_migration::Coverage;

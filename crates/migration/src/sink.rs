@@ -72,6 +72,11 @@ impl ChannelSink {
         self.deadline = Some(deadline);
     }
 
+    /// Nobody waits any more.
+    pub(crate) fn clear_deadline(&mut self) {
+        self.deadline = None;
+    }
+
     /// Bytes that the channel has taken.
     pub(crate) fn taken_bytes(&self) -> u64 {
         self.writer.counter().bytes()

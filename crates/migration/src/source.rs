@@ -7,6 +7,15 @@
 //!           └──────── failure or cancel: holds lifted ───┘     └─ undecided: held
 //! ```
 //!
+//! With a machine there is another way, where the guest runs before all of its memory is there:
+//!
+//! ```text
+//!  active ── start_postcopy ─▶ device ── package ─▶ postcopy-active ──────────────▶ completed
+//!            disks whole,      PONG: disks given up      │ ▲ broken
+//!            memory not                                  ▼ │ resume
+//!                                         postcopy-paused ─▶ postcopy-recover
+//! ```
+//!
 //! One thread owns the save machine; others post commands and read the published status. A second
 //! thread reads the return path.
 
@@ -19,10 +28,15 @@ use std::time::{Duration, Instant};
 use vmferry_block_migration::SourceError;
 use vmferry_channel::{Channel, ChannelError, Stop, Uri};
 use vmferry_disk::InUse;
-use vmferry_savevm::SaveError;
+use vmferry_ram::RamSourceError;
+use vmferry_savevm::{HandlerError, RegisterError, SaveError};
+use vmferry_stream::Name;
 
 use crate::engine::{Engine, take_leases};
+use crate::guest::SourceMachine;
 use crate::hand_over::{CancelGate, Decision, SourceDisk};
+use crate::line::Line;
+use crate::moving::Moving;
 use crate::parameters::{Capabilities, Parameters};
 use crate::record::RecordError;
 use crate::sink::Throttle;
@@ -53,7 +67,7 @@ pub struct SourceJob {
     pub parameters: Parameters,
     /// May not.
     pub capabilities: Capabilities,
-    /// Triggered when the channel is to be given up at once; also used to open [`Target::Channel`].
+    /// Triggered when the channel is to be given up at once; that of [`Target::Channel`], too.
     pub stop: Stop,
 }
 
@@ -74,6 +88,15 @@ pub enum SourceFailure {
     /// A disk cannot be migrated.
     #[error(transparent)]
     Disk(#[from] SourceError),
+    /// The machine's memory cannot be migrated.
+    #[error(transparent)]
+    Ram(#[from] RamSourceError),
+    /// Two sections have one name.
+    #[error(transparent)]
+    Register(#[from] RegisterError),
+    /// The guest runs on.
+    #[error("the guest could not be stopped: {0}")]
+    Guest(HandlerError),
     /// The channel cannot carry an answer.
     #[error(
         "{peer}: the channel is one-way, so nobody can tell whether the disks arrive (one-way must be asked for)"
@@ -82,6 +105,9 @@ pub enum SourceFailure {
         /// The channel.
         peer: String,
     },
+    /// A postcopy asks for pages.
+    #[error("postcopy needs the return path")]
+    OneWayPostcopy,
     /// The channel failed.
     #[error(transparent)]
     Channel(#[from] ChannelError),
@@ -133,6 +159,15 @@ pub enum RequestError {
     /// Nothing to decide.
     #[error("the migration is not undecided")]
     NotUndecided,
+    /// No machine, or one that was not started with postcopy on.
+    #[error("postcopy must be on, with a machine, when the migration starts")]
+    NoPostcopy,
+    /// Not in `postcopy-paused`.
+    #[error("the migration is not in 'postcopy-paused'")]
+    NotInterrupted,
+    /// Not in a postcopy.
+    #[error("the migration is not in 'postcopy-active'")]
+    NotInPostcopy,
     /// Not in `pre-switchover`.
     #[error("the migration is not in 'pre-switchover'")]
     NotPaused,
@@ -150,8 +185,17 @@ pub(crate) enum Event {
     },
     Shut(u32),
     ReturnClosed(String),
+    /// Which pages of a block the destination has, in the form of the wire.
+    Received {
+        block: Name,
+        bitmap: Vec<u8>,
+    },
+    ResumeAck(u32),
     Set(Parameters),
     Continue,
+    StartPostcopy,
+    /// Another connection for a postcopy that was interrupted.
+    Resume(Target, Stop),
     Decide(Decision),
     /// A cancel or the end of the daemon: look at the gate and the stop.
     Wake,
@@ -164,7 +208,8 @@ pub struct RunningSource {
     events: Sender<Event>,
     gate: Arc<CancelGate>,
     throttle: Throttle,
-    stop: Stop,
+    line: Line,
+    can_postcopy: bool,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -177,23 +222,47 @@ impl RunningSource {
         if job.disks.is_empty() {
             return Err(SourceFailure::NoDisks);
         }
+        Self::start_thread(job, None, published)
+    }
+
+    /// Start the migration of a machine, with those of its disks that are not shared.
+    ///
+    /// # Errors
+    /// A disk in use, memory that cannot be migrated, no thread to be had: nothing was sent, nothing
+    /// has changed.
+    pub fn start_machine(
+        job: SourceJob,
+        machine: SourceMachine,
+        published: Published,
+    ) -> Result<Self, SourceFailure> {
+        Self::start_thread(job, Some(machine), published)
+    }
+
+    fn start_thread(
+        job: SourceJob,
+        machine: Option<SourceMachine>,
+        published: Published,
+    ) -> Result<Self, SourceFailure> {
         let leases = take_leases(&job.disks)?;
+        let disk_bytes = leases.iter().map(|(l, _)| l.node().limits().length).sum();
+        let can_postcopy = machine.as_ref().is_some_and(|it| it.ram_options.postcopy);
+        let moving = Moving::new(leases, machine, &job.capabilities)?;
         let (events, inbox) = channel();
-        let stop = job.stop.clone();
-        let mut engine = Engine::new(&job, published.clone(), events.clone(), inbox);
+        let line = Line::new(job.stop.clone());
+        let mut engine = Engine::new(&job, line.clone(), published.clone(), events.clone(), inbox);
         let (gate, throttle) = (engine.gate(), engine.throttle());
         published.update(|status| {
             status.state = State::Setup;
             status.peer = job.target.peer();
             status.begun = Some(Instant::now());
-            status.total_bytes = leases.iter().map(|(l, _)| l.node().limits().length).sum();
-            status.remaining_bytes = status.total_bytes;
+            status.total_bytes = disk_bytes;
+            status.remaining_bytes = disk_bytes;
         });
         let target = job.target;
         let thread = std::thread::Builder::new()
             .name("migrate-source".to_owned())
             .spawn(move || {
-                let outcome = catch_unwind(AssertUnwindSafe(|| engine.run(leases, target)));
+                let outcome = catch_unwind(AssertUnwindSafe(|| engine.run(moving, target)));
                 engine.publish_outcome(outcome.unwrap_or(Err(SourceFailure::Panic)));
             })
             .map_err(SourceFailure::Thread)?;
@@ -202,7 +271,8 @@ impl RunningSource {
             events,
             gate,
             throttle,
-            stop,
+            line,
+            can_postcopy,
             thread: Some(thread),
         })
     }
@@ -229,9 +299,60 @@ impl RunningSource {
                 status.state = State::Cancelling;
             }
         });
-        self.stop.trigger();
+        self.line.break_off();
         let _ = self.events.send(Event::Wake);
         Ok(())
+    }
+
+    /// Let the guest go on at the destination as soon as its disks are there, and its memory follow.
+    ///
+    /// # Errors
+    /// It cannot become a postcopy, or is over.
+    pub fn start_postcopy(&self) -> Result<(), RequestError> {
+        if !self.can_postcopy {
+            return Err(RequestError::NoPostcopy);
+        }
+        if self.published.get().state.is_over() {
+            return Err(RequestError::Over);
+        }
+        self.events
+            .send(Event::StartPostcopy)
+            .map_err(|_| RequestError::Over)
+    }
+
+    /// Break a postcopy's connection off, so that it can go on with another one.
+    ///
+    /// # Errors
+    /// It is not in a postcopy.
+    pub fn pause(&self) -> Result<(), RequestError> {
+        match self.published.get().state {
+            State::PostcopyActive | State::PostcopyRecover => {
+                self.line.break_off();
+                let _ = self.events.send(Event::Wake);
+                Ok(())
+            }
+            _ => Err(RequestError::NotInPostcopy),
+        }
+    }
+
+    /// Go on with an interrupted postcopy. `stop` gives the new channel up.
+    ///
+    /// # Errors
+    /// It was not interrupted.
+    pub fn resume(&self, target: Target, stop: Stop) -> Result<(), RequestError> {
+        let mut was_paused = false;
+        self.published.update(|status| {
+            was_paused = status.state == State::PostcopyPaused;
+            if was_paused {
+                status.state = State::PostcopyRecover;
+            }
+        });
+        if !was_paused {
+            return Err(RequestError::NotInterrupted);
+        }
+        self.events
+            .send(Event::Resume(target, stop))
+            .map_err(|_| RequestError::Over)
     }
 
     /// Change parameters.
@@ -267,10 +388,11 @@ impl RunningSource {
             .map_err(|_| RequestError::Over)
     }
 
-    /// End: cancel if that is possible, else leave the disks held. Waits for the thread.
+    /// End: cancel if that is possible, else leave the disks held. Waits for the thread. What a
+    /// postcopy has not sent is lost with it.
     pub fn shut_down(&mut self) {
         let _ = self.cancel();
-        self.stop.trigger();
+        self.line.end();
         let _ = self.events.send(Event::Wake);
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();

@@ -17,6 +17,12 @@ pub enum State {
     PreSwitchover,
     /// The guest is held; the last chunks and the hand-over.
     Device,
+    /// The guest runs at the destination, or is about to; its memory follows.
+    PostcopyActive,
+    /// The connection broke after that. Nothing is lost: it goes on with the next one.
+    PostcopyPaused,
+    /// The next one is there; both sides find out what is still to be sent.
+    PostcopyRecover,
     /// Whole; over.
     Completed,
     /// Over, without success.
@@ -37,6 +43,9 @@ impl State {
             Self::Active => "active",
             Self::PreSwitchover => "pre-switchover",
             Self::Device => "device",
+            Self::PostcopyActive => "postcopy-active",
+            Self::PostcopyPaused => "postcopy-paused",
+            Self::PostcopyRecover => "postcopy-recover",
             Self::Completed => "completed",
             Self::Failed => "failed",
             Self::Cancelling => "cancelling",
@@ -77,6 +86,8 @@ pub struct Status {
     pub moved_bytes: u64,
     /// Bytes of disk moved as zero blocks.
     pub zero_bytes: u64,
+    /// The memory of the machine, if one moves.
+    pub ram: Option<RamStatus>,
     /// Bytes given to the channel.
     pub wire_bytes: u64,
     /// Bytes that still must move.
@@ -99,6 +110,29 @@ pub struct Status {
     pub setup_time: Option<Duration>,
     /// How long it took, once it is over.
     pub total_time: Option<Duration>,
+}
+
+/// What is published about memory. At a destination, what has come of it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RamStatus {
+    /// Sum of the blocks' lengths in bytes.
+    pub total_bytes: u64,
+    /// Bytes of memory that still must move.
+    pub remaining_bytes: u64,
+    /// Pages that went as they are.
+    pub normal_pages: u64,
+    /// Pages of zeroes.
+    pub zero_pages: u64,
+    /// Pages that went as what changed in them.
+    pub xbzrle_pages: u64,
+    /// Bytes per second that the guest dirties.
+    pub dirty_rate: u64,
+    /// Passes over the memory.
+    pub passes: u64,
+    /// By how much its vCPUs are slowed down.
+    pub throttle_percent: u8,
+    /// Pages that the destination asked for.
+    pub postcopy_requests: u64,
 }
 
 type Observer = Box<dyn Fn(&Status) + Send + Sync>;

@@ -337,11 +337,9 @@ fn a_migration_of_nothing_is_refused() {
         Hold::Nothing,
     );
     let sockets = here.try_clone().expect("a descriptor");
-    let running = RunningSource::start(job(source_disks(&empty), sockets), Published::default());
-    let running = running.expect("a thread");
-    let status = wait(&running);
-    assert_eq!(status.state, State::Failed);
-    assert_eq!(status.error.as_deref(), Some("disk 'disk1' has length 0"));
+    let refused = RunningSource::start(job(source_disks(&empty), sockets), Published::default());
+    let error = refused.expect_err("refused").to_string();
+    assert_eq!(error, "disk 'disk1' has length 0");
     is_served(&empty);
 
     let mut rng = rng();

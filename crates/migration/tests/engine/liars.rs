@@ -233,7 +233,7 @@ fn nonsense_before_eof_is_a_failure() {
         (&[0, 2, 0xff, 0xff], "the return path is broken"),
         (
             &[0, 4, 0, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 16, 0],
-            "only RAM needs",
+            "asks for pages, but no memory is sent",
         ),
     ] {
         let (host, running, mut liar) = begin();

@@ -1,0 +1,305 @@
+//! The source's half of a postcopy: the guest runs at the destination, its memory follows.
+//!
+//! From the package on there is no way back by ourselves: a broken connection pauses, and the next
+//! one goes on. What the destination says decides about the disks:
+//!
+//! | heard | disks and guest |
+//! |---|---|
+//! | PONG behind the devices | given up: they are there |
+//! | SHUT 1 before it | here: the guest did not run there |
+//! | nothing | held, until a person decides or the next connection tells |
+
+use std::sync::mpsc::RecvTimeoutError;
+use std::time::Instant;
+
+use vmferry_channel::Stop;
+use vmferry_savevm::{GuestStopped, Packing, Postcopy, Progress};
+use vmferry_stream::Command;
+
+use crate::engine::{Engine, Heard, Outcome, PACKAGE_LOADED, TICK};
+use crate::hand_over::{Committed, Decision};
+use crate::moving::Sections;
+use crate::sink::ChannelSink;
+use crate::source::{BARRIER_PATIENCE, Event, SourceFailure, Target};
+use crate::status::State;
+
+/// A postcopy, whatever its connection does.
+struct Following {
+    postcopy: Postcopy,
+    sections: Sections,
+    /// Until it is known that the guest runs there.
+    committed: Option<Committed>,
+    /// Nothing that the destination said can have been lost.
+    is_first_connection: bool,
+    held_at: Instant,
+}
+
+/// What becomes of a postcopy that is paused.
+enum Next {
+    Connection(ChannelSink),
+    Over(Outcome),
+}
+
+impl Engine {
+    /// Send the package. Until its last byte is given to the kernel nothing can run there.
+    pub(crate) fn switch_to_postcopy(
+        &mut self,
+        committed: Committed,
+        packing: Packing,
+        stopped: &GuestStopped,
+        mut sections: Sections,
+        mut sink: ChannelSink,
+        held_at: Instant,
+    ) -> Result<Outcome, SourceFailure> {
+        let registry = &mut sections.registry;
+        let sent = packing
+            .send_package(stopped, registry, Some(PACKAGE_LOADED), &mut sink)
+            .map_err(SourceFailure::from)
+            .and_then(|postcopy| {
+                sink.flush()?;
+                Ok(postcopy)
+            });
+        let postcopy = match sent {
+            Ok(postcopy) => postcopy,
+            Err(error) => {
+                committed.decide(Decision::Serve);
+                sections.end();
+                return Err(self.last_word(error));
+            }
+        };
+        self.enter(State::PostcopyActive);
+        let mut following = Following {
+            postcopy,
+            sections,
+            committed: Some(committed),
+            is_first_connection: true,
+            held_at,
+        };
+        let outcome = self.follow(&mut following, sink);
+        following.sections.end();
+        Ok(outcome)
+    }
+
+    fn follow(&mut self, following: &mut Following, mut sink: ChannelSink) -> Outcome {
+        loop {
+            let broken = match self.send_pages(following, &mut sink) {
+                Ok(outcome) => return outcome,
+                Err(broken) => broken,
+            };
+            drop(sink);
+            match self.pause(following, &broken) {
+                Next::Connection(next) => sink = next,
+                Next::Over(outcome) => return outcome,
+            }
+        }
+    }
+
+    /// Send what is left and wait for the destination's word. Why it broke, else.
+    fn send_pages(
+        &mut self,
+        following: &mut Following,
+        sink: &mut ChannelSink,
+    ) -> Result<Outcome, String> {
+        loop {
+            if let Some(outcome) = self.attend(following, Instant::now())? {
+                return Ok(outcome);
+            }
+            let Sections {
+                registry, figures, ..
+            } = &mut following.sections;
+            let progress = following.postcopy.iterate(registry, sink);
+            let progress = progress.map_err(|error| error.to_string())?;
+            sink.flush().map_err(|error| error.to_string())?;
+            self.publish_figures(figures, sink.taken_bytes());
+            if progress == Progress::Finished {
+                break;
+            }
+        }
+        let registry = &mut following.sections.registry;
+        let ended = following.postcopy.complete(registry, sink);
+        ended.map_err(|error| error.to_string())?;
+        sink.flush().map_err(|error| error.to_string())?;
+        loop {
+            if let Some(outcome) = self.attend(following, Instant::now() + TICK)? {
+                return Ok(outcome);
+            }
+        }
+    }
+
+    /// Hear what the destination says, until `deadline`. Why the connection is broken, else.
+    fn attend(
+        &mut self,
+        following: &mut Following,
+        deadline: Instant,
+    ) -> Result<Option<Outcome>, String> {
+        self.hear(deadline);
+        if self.heard.package_loaded
+            && let Some(committed) = following.committed.take()
+        {
+            let _ = self.gone(committed, following.held_at);
+        }
+        match (self.heard.shut, following.committed.take()) {
+            // It says so when all pages have come.
+            (Some(0), None) => {
+                return Ok(Some(Outcome::Gone {
+                    durable: self.peer_is_ours,
+                }));
+            }
+            (Some(0), Some(committed)) => return Ok(Some(self.gone(committed, following.held_at))),
+            (Some(status), Some(committed)) if following.is_first_connection => {
+                committed.decide(Decision::Serve);
+                let reason = SourceFailure::Refused { status }.to_string();
+                return Ok(Some(Outcome::Here { reason }));
+            }
+            (Some(status), committed) => {
+                following.committed = committed;
+                return Err(format!(
+                    "the destination has failed (SHUT {status}); its own messages say why"
+                ));
+            }
+            (None, committed) => following.committed = committed,
+        }
+        match &self.heard.closed {
+            Some(reason) => Err(reason.clone()),
+            None => Ok(None),
+        }
+    }
+
+    /// Nothing can be sent. Wait for another connection, or for a decision.
+    fn pause(&mut self, following: &mut Following, broken: &str) -> Next {
+        let mut broken = broken.to_owned();
+        loop {
+            tracing::warn!(peer = %self.peer, reason = broken, "postcopy paused");
+            following.is_first_connection = false;
+            self.hang_up();
+            let undecided = following.committed.is_some();
+            self.published.update(|status| {
+                status.state = State::PostcopyPaused;
+                status.undecided = undecided;
+                status.error = Some(match undecided {
+                    false => broken.clone(),
+                    true => format!(
+                        "{broken}; it is not known whether the guest runs at the destination: \
+                         resume the migration, or find out and resolve it"
+                    ),
+                });
+            });
+            let (target, stop) = match self.wait_while_paused(following) {
+                Ok(next) => next,
+                Err(outcome) => return Next::Over(outcome),
+            };
+            self.peer = target.peer();
+            self.published
+                .update(|status| status.peer.clone_from(&self.peer));
+            match self.recover(following, target, stop) {
+                Ok(sink) => {
+                    self.published.update(|status| {
+                        status.state = State::PostcopyActive;
+                        status.undecided = false;
+                        status.error = None;
+                    });
+                    return Next::Connection(sink);
+                }
+                Err(error) => broken = error,
+            }
+        }
+    }
+
+    fn wait_while_paused(&mut self, following: &mut Following) -> Result<(Target, Stop), Outcome> {
+        loop {
+            if self.line.is_ending() {
+                return Err(Outcome::Undecided);
+            }
+            match self.inbox.recv_timeout(TICK) {
+                Ok(Event::Resume(target, stop)) => return Ok((target, stop)),
+                Ok(Event::Decide(decision)) => match (following.committed.take(), decision) {
+                    (Some(committed), Decision::Serve) => {
+                        committed.decide(Decision::Serve);
+                        let reason = "resolved: the guest runs here".to_owned();
+                        return Err(Outcome::Here { reason });
+                    }
+                    (Some(committed), Decision::GiveUp) => {
+                        committed.decide(Decision::GiveUp);
+                        // Its memory is still to be sent.
+                        self.published.update(|status| status.undecided = false);
+                    }
+                    (None, _) => {}
+                },
+                Ok(event) => self.take(event),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return Err(Outcome::Undecided),
+            }
+        }
+    }
+
+    /// Find out, over a new connection, what is still to be sent. Why it does not work, else.
+    fn recover(
+        &mut self,
+        following: &mut Following,
+        target: Target,
+        stop: Stop,
+    ) -> Result<ChannelSink, String> {
+        let Some(ram) = following.sections.ram.clone() else {
+            return Err("there is no memory to be sent".to_owned());
+        };
+        self.line.replace(stop);
+        let package_loaded = self.heard.package_loaded;
+        self.heard = Heard {
+            package_loaded,
+            ..Heard::default()
+        };
+        let opened = self.open(target, Some(ram.clone()));
+        let (mut sink, _) = opened.map_err(|error| error.to_string())?;
+        let blocks = ram.blocks();
+        for block in &blocks {
+            let command = Command::ReceivedBitmap(block.clone());
+            let sent = following.postcopy.command(command, &mut sink);
+            sent.map_err(|error| error.to_string())?;
+        }
+        sink.flush().map_err(|error| error.to_string())?;
+        self.await_answer("which pages it has", |heard| {
+            heard.bitmaps.len() >= blocks.len()
+        })?;
+        for (block, bitmap) in std::mem::take(&mut self.heard.bitmaps) {
+            let told = ram.received(&block, &bitmap);
+            told.map_err(|error| format!("the destination's bitmap: {error}"))?;
+        }
+        ram.resume().map_err(|error| error.to_string())?;
+        let resume = following
+            .postcopy
+            .command(Command::PostcopyResume, &mut sink);
+        resume.map_err(|error| error.to_string())?;
+        sink.flush().map_err(|error| error.to_string())?;
+        self.await_answer("that it goes on", |heard| heard.resume_ack.is_some())?;
+        match self.heard.resume_ack {
+            Some(1) => Ok(sink),
+            other => Err(format!(
+                "the destination does not go on (RESUME_ACK {other:?})"
+            )),
+        }
+    }
+
+    fn await_answer(
+        &mut self,
+        what: &str,
+        is_there: impl Fn(&Heard) -> bool,
+    ) -> Result<(), String> {
+        let deadline = Instant::now() + BARRIER_PATIENCE;
+        while !is_there(&self.heard) {
+            self.hear(deadline.min(Instant::now() + TICK));
+            if let Some(reason) = &self.heard.closed {
+                return Err(reason.clone());
+            }
+            if let Some(status) = self.heard.shut {
+                return Err(SourceFailure::Refused { status }.to_string());
+            }
+            if Instant::now() >= deadline {
+                return Err(format!(
+                    "the destination did not say within {} s {what}",
+                    BARRIER_PATIENCE.as_secs()
+                ));
+            }
+        }
+        Ok(())
+    }
+}

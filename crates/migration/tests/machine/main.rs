@@ -1,0 +1,5 @@
+//! Whole machines, at both ends, in one process.
+
+mod recovery;
+mod switches;
+mod vm;
