@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::{self, NonNull};
 use std::sync::Arc;
 
-use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, fstat, ftruncate, memfd_create};
 use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 use vmferry_stream::Name;
 
@@ -106,7 +106,7 @@ impl AnonymousRam {
     /// from its beginning, and holds what is there: an [`AnonymousRam::file`] of another process.
     ///
     /// # Errors
-    /// As [`AnonymousRam::with_layouts`].
+    /// As [`AnonymousRam::with_layouts`]; a file that is too short.
     pub fn with_files(blocks: Vec<(BlockLayout, Option<OwnedFd>)>) -> Result<Self, MapError> {
         let mut ram = Self {
             blocks: Vec::new(),
@@ -143,7 +143,16 @@ fn map(
         usize::try_from(max_bytes).map_err(|_| failed(io::ErrorKind::OutOfMemory.into()))?;
     let file = match (layout.sharing, file) {
         (Sharing::Private, _) => None,
-        (Sharing::Shared, Some(file)) => Some(file),
+        (Sharing::Shared, Some(file)) => {
+            let length = fstat(&file).map_err(|errno| failed(errno.into()))?.st_size;
+            if u64::try_from(length).is_ok_and(|length| length < max_bytes) {
+                // What is not in the file could be mapped, but not touched.
+                return Err(failed(io::Error::other(format!(
+                    "its file has only {length:#x}"
+                ))));
+            }
+            Some(file)
+        }
         (Sharing::Shared, None) => Some(memfd(max_bytes, page_bytes).map_err(failed)?),
     };
     let start = match &file {
@@ -185,8 +194,11 @@ fn memfd(bytes: u64, page_bytes: u64) -> io::Result<OwnedFd> {
         0 => MemfdFlags::empty(),
         size => MemfdFlags::HUGETLB | MemfdFlags::from_bits_retain(size),
     };
-    let file = memfd_create("guest-ram", MemfdFlags::CLOEXEC | huge)?;
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let file = memfd_create("guest-ram", flags | huge)?;
     ftruncate(&file, bytes)?;
+    // Nobody who gets the file can take memory away from under a mapping.
+    fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
     Ok(file)
 }
 
@@ -221,6 +233,62 @@ impl Drop for AnonymousRam {
             let bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
             // SAFETY: `map` mapped it, and the block that promised it is gone.
             let _ = unsafe { munmap(start.as_ptr().cast(), bytes) };
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shared(bytes: u64) -> BlockLayout {
+        BlockLayout {
+            idstr: Name::new("pc.ram").unwrap(),
+            used_bytes: bytes,
+            max_bytes: bytes,
+            page_bytes: PAGE_BYTES,
+            guest_address: Some(0),
+            sharing: Sharing::Shared,
+        }
+    }
+
+    #[test]
+    fn a_shared_block_can_be_mapped_again() {
+        let first = AnonymousRam::with_layouts(vec![shared(2 << 12)]).unwrap();
+        let file = || {
+            let file = first.file(BlockIndex(0)).unwrap();
+            Some(file.try_clone_to_owned().unwrap())
+        };
+        let second = AnonymousRam::with_files(vec![(shared(1 << 12), file())]).unwrap();
+        first.blocks()[0].write(8, &[7; 8]).unwrap();
+        let mut bytes = [0; 8];
+        second.blocks()[0].read(8, &mut bytes).unwrap();
+        assert_eq!(bytes, [7; 8]);
+
+        let longer = AnonymousRam::with_files(vec![(shared(3 << 12), file())]);
+        assert_eq!(
+            longer.unwrap_err().to_string(),
+            "RAM block 'pc.ram': 0x3000 bytes in pages of 0x1000 cannot be mapped: its file has only 0x2000"
+        );
+        assert!(ftruncate(file().unwrap(), 0).is_err());
+        let private = AnonymousRam::new(&[("pc.ram", 1 << 12)]).unwrap();
+        assert!(private.file(BlockIndex(0)).is_none());
+        assert!(private.file(BlockIndex(1)).is_none());
+    }
+
+    #[test]
+    fn says_what_cannot_be_mapped() {
+        let layout = BlockLayout {
+            page_bytes: 1 << 30,
+            ..shared(1 << 50)
+        };
+        let private = BlockLayout {
+            sharing: Sharing::Private,
+            ..layout.clone()
+        };
+        for layout in [layout, private] {
+            let error = AnonymousRam::with_layouts(vec![layout]).unwrap_err();
+            assert!(matches!(error, MapError::Map { .. }), "{error}");
         }
     }
 }

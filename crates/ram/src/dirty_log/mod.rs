@@ -154,3 +154,71 @@ pub fn report_bits(
     // An empty one behind everything gives the last.
     add(u64::MAX..u64::MAX);
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+    use crate::AnonymousRam;
+
+    #[test]
+    fn bits_are_reported_as_runs_of_pages() {
+        let seed = fastrand::u64(..);
+        println!("seed {seed}");
+        let mut rng = fastrand::Rng::with_seed(seed);
+        for _ in 0..500 {
+            let pages = rng.u64(1..300);
+            let ram = AnonymousRam::new(&[("a", pages * PAGE_BYTES)]).unwrap();
+            let bit_bytes = 1 << rng.u64(9..18);
+            let first_byte = rng.u64(0..pages) * PAGE_BYTES;
+            let dense = rng.bool();
+            let words: Vec<_> = (0..rng.usize(0..5))
+                .map(|_| match dense {
+                    true => rng.u64(..) | rng.u64(..),
+                    false => rng.u64(..) & rng.u64(..) & rng.u64(..),
+                })
+                .collect();
+            let bits = (0u64..).zip(
+                words
+                    .iter()
+                    .flat_map(|word| (0..64).map(move |bit| word >> bit & 1)),
+            );
+            let expected: BTreeSet<_> = bits
+                .filter(|(_, is_set)| *is_set == 1)
+                .flat_map(|(bit, _)| {
+                    let start = first_byte + bit * bit_bytes;
+                    start / PAGE_BYTES..(start + bit_bytes).div_ceil(PAGE_BYTES)
+                })
+                .filter(|page| *page < pages)
+                .collect();
+            let mut reported = BTreeSet::new();
+            let mut before = None;
+            report_bits(
+                &ram.blocks()[0],
+                first_byte,
+                bit_bytes,
+                &words,
+                &mut |run| {
+                    assert!(
+                        before.is_none_or(|end| end < run.start),
+                        "{run:?} touches the run before"
+                    );
+                    assert!(!run.is_empty());
+                    before = Some(run.end);
+                    reported.extend(run);
+                },
+            );
+            assert_eq!(reported, expected);
+        }
+    }
+
+    #[test]
+    fn bits_that_lie_nowhere_are_left_out() {
+        let ram = AnonymousRam::new(&[("a", PAGE_BYTES)]).unwrap();
+        let nothing = &mut |run| panic!("{run:?}");
+        report_bits(&ram.blocks()[0], u64::MAX, u64::MAX, &[!0; 2], nothing);
+        report_bits(&ram.blocks()[0], 0, 0, &[!0; 2], nothing);
+        report_bits(&ram.blocks()[0], PAGE_BYTES, PAGE_BYTES, &[!0; 2], nothing);
+    }
+}
