@@ -1,55 +1,77 @@
-//! How fast an image is, in one thread or several: `measure FILE WORK THREADS COUNT`, where WORK is
-//! `write`, `read` (1 MiB, one after another), `random-write` or `random-read` (4 KiB, with a
-//! stride of 1 MiB and 4 KiB that comes round). The image must exist. Prints seconds.
+//! How fast an image is, as `qemu-img bench` asks it: `measure FILE read|write SIZE STEP COUNT
+//! THREADS`. Request number n has SIZE bytes and begins n times STEP bytes into the disk, from the
+//! start again behind its end; THREADS of them are under way at a time. The image must exist. Prints
+//! seconds, the flush at the end of a write included.
 
 use std::error::Error;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::Instant;
 
-use vmferry_disk::BlockDevice;
+use vmferry_disk::{BlockDevice, DiskError};
 use vmferry_qcow2::{ChainOptions, Qcow2Disk, open};
 
-fn run(disk: &Qcow2Disk, work: &str, first: u64, count: u64, step: u64) {
-    let size = if work.starts_with("random") {
-        4096
-    } else {
-        1 << 20
-    };
-    let stride = if size == 4096 { size + (1 << 20) } else { size };
-    let mut buf = vec![0x5A; size as usize];
-    let length = disk.disk_bytes() / size * size;
-    for number in (first..count).step_by(step as usize) {
-        let offset = number * stride % length;
-        let offset = offset.min(length - size);
-        let result = match work.ends_with("read") {
-            true => disk.read_at(&mut buf, offset),
-            false => disk.write_at(&buf, offset),
-        };
-        result.expect("the disk works");
+struct Work {
+    writes: bool,
+    size: u64,
+    step: u64,
+    count: u64,
+    next: AtomicU64,
+}
+
+impl Work {
+    fn run(&self, disk: &Qcow2Disk) -> Result<(), DiskError> {
+        let mut buf = vec![0x5A; self.size as usize];
+        let ends = disk.disk_bytes() - self.size + 1;
+        loop {
+            let number = self.next.fetch_add(1, Ordering::Relaxed);
+            if number >= self.count {
+                return Ok(());
+            }
+            let offset = number * self.step % disk.disk_bytes();
+            let offset = if offset < ends { offset } else { 0 };
+            match self.writes {
+                true => disk.write_at(&buf, offset)?,
+                false => disk.read_at(&mut buf, offset)?,
+            }
+        }
     }
 }
 
 fn main() -> Result<(), Box<dyn Error>> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let [path, work, threads, count] = arguments.as_slice() else {
-        return Err("usage: measure FILE WORK THREADS COUNT".into());
+    let [path, kind, size, step, count, threads] = arguments.as_slice() else {
+        return Err("usage: measure FILE read|write SIZE STEP COUNT THREADS".into());
     };
-    let (threads, count) = (threads.parse::<u64>()?, count.parse::<u64>()?);
+    let work = Work {
+        writes: kind == "write",
+        size: size.parse()?,
+        step: step.parse()?,
+        count: count.parse()?,
+        next: AtomicU64::new(0),
+    };
     let options = ChainOptions {
-        read_only: false,
+        read_only: !work.writes,
         lock: true,
     };
     let disk = open(path, options)?;
+    if work.size > disk.disk_bytes() {
+        return Err("the disk is shorter than one request".into());
+    }
+    let threads: u64 = threads.parse()?;
     let start = Instant::now();
     thread::scope(|scope| {
-        for first in 0..threads {
-            let disk = &disk;
-            scope.spawn(move || run(disk, work, first, count, threads));
-        }
-    });
-    println!("{:.3} s without the flush", start.elapsed().as_secs_f64());
-    disk.flush()?;
-    println!("{:.3} s", start.elapsed().as_secs_f64());
+        let running: Vec<_> = (0..threads)
+            .map(|_| scope.spawn(|| work.run(&disk)))
+            .collect();
+        running
+            .into_iter()
+            .try_for_each(|thread| thread.join().expect("no thread panics"))
+    })?;
+    if work.writes {
+        disk.flush()?;
+    }
+    println!("{:.3}", start.elapsed().as_secs_f64());
     disk.close()?;
     Ok(())
 }
