@@ -315,9 +315,10 @@ impl Refcounts {
         let geometry = self.geometry;
         let per_block = geometry.block_refcounts();
         let per_cluster = geometry.l2_entries();
-        // Half as much again, and enough to count itself and its blocks.
+        // Half as much again if that is allowed, and enough to count itself and its blocks.
         let first_block = place.0 / per_block;
         let mut clusters = (self.table.len() as u64 * 3 / 2 / per_cluster + 1)
+            .min(REFCOUNT_TABLE_BYTES_MAX >> geometry.cluster_bits)
             .max((first_block + 1).div_ceil(per_cluster));
         let (blocks, clusters) = loop {
             let mut blocks = 1;

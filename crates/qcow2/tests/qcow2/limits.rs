@@ -1,15 +1,19 @@
 //! Each limit of `limits.rs` on both of its sides, in files that are mostly holes.
 
-use std::sync::Arc;
+use std::collections::HashSet;
+use std::io;
+use std::ops::Range;
+use std::sync::{Arc, Mutex};
 
-use vmferry_disk::BlockDevice;
+use vmferry_disk::{BlockDevice, Cached};
 use vmferry_qcow2::bitmaps::BitmapDirectory;
 use vmferry_qcow2::header::{BITMAPS, BackingFormat, Compression, Header};
 use vmferry_qcow2::limits::{
     BACKING_NAME_BYTES_MAX, BITMAP_DIRECTORY_BYTES_MAX, BITMAP_NAME_BYTES_MAX,
     BITMAP_TABLE_BYTES_MAX, BITMAPS_MAX, CHECK_CLUSTERS_MAX, CHECK_TABLES_MAX, EXTENSIONS_MAX,
-    FINDINGS_MAX, FREES_MAX, HOST_BYTES_MAX, L1_BYTES_MAX, SNAPSHOT_EXTRA_BYTES_MAX,
-    SNAPSHOT_L1_BYTES_MAX, SNAPSHOT_TABLE_BYTES_MAX, SNAPSHOTS_MAX, ZSTD_WINDOW_BYTES_MAX,
+    FINDINGS_MAX, FREES_MAX, HOST_BYTES_MAX, L1_BYTES_MAX, REFCOUNT_TABLE_BYTES_MAX,
+    SNAPSHOT_EXTRA_BYTES_MAX, SNAPSHOT_L1_BYTES_MAX, SNAPSHOT_TABLE_BYTES_MAX, SNAPSHOTS_MAX,
+    ZSTD_WINDOW_BYTES_MAX,
 };
 use vmferry_qcow2::types::{COMPRESSED, COPIED};
 use vmferry_qcow2::{
@@ -445,4 +449,99 @@ fn findings_of_a_check() {
     };
     assert_eq!(leak(FINDINGS_MAX), (FINDINGS_MAX, FINDINGS_MAX));
     assert_eq!(leak(FINDINGS_MAX + 1), (FINDINGS_MAX, FINDINGS_MAX + 1));
+}
+
+/// A file in which a range reads as numbers of 64 bits, each of them 1, where nothing was written.
+struct Ones {
+    file: MemoryFile,
+    range: Range<u64>,
+    written: Mutex<HashSet<u64>>,
+}
+
+impl Storage for Ones {
+    fn length(&self) -> io::Result<u64> {
+        self.file.length()
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        self.file.read_at(buf, offset)?;
+        let written = self.written.lock().unwrap();
+        for (at, number) in (offset..).step_by(8).zip(buf.chunks_mut(8)) {
+            if self.range.contains(&at) && !written.contains(&(at / 512)) {
+                number.copy_from_slice(&1_u64.to_be_bytes());
+            }
+        }
+        Ok(())
+    }
+
+    fn read_cached_at(&self, _buf: &mut [u8], _offset: u64) -> io::Result<Cached> {
+        Ok(Cached::Unsupported)
+    }
+
+    fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        if self.range.contains(&offset) {
+            let sectors = offset / 512..(offset + buf.len() as u64) / 512;
+            self.written.lock().unwrap().extend(sectors);
+        }
+        self.file.write_at(buf, offset)
+    }
+
+    fn set_length(&self, length: u64) -> io::Result<()> {
+        self.file.set_length(length)
+    }
+
+    fn punch_hole(&self, offset: u64, length: u64) -> io::Result<()> {
+        self.file.punch_hole(offset, length)
+    }
+
+    fn start_writeback(&self, _offset: u64, _length: u64) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        self.file.flush()
+    }
+}
+
+/// An image whose refcount table is so long, and counts nothing but clusters that are in use.
+fn full_image(table_bytes: u64) -> Ones {
+    let file = MemoryFile::default();
+    let options = CreateOptions {
+        cluster_bits: 9,
+        refcount_order: 6,
+        ..CreateOptions::new(1 << 20)
+    };
+    create(&file, &options).unwrap();
+    let blocks = table_bytes / 8;
+    let (table, first) = (1 << 20, 16 << 20);
+    let entries = (0..blocks).map(|block| first + block * 512);
+    let entries: Vec<u8> = entries.flat_map(u64::to_be_bytes).collect();
+    put(&file, table, &entries);
+    put(&file, 48, &table.to_be_bytes());
+    put(&file, 56, &((table_bytes / 512) as u32).to_be_bytes());
+    file.set_length(blocks * 64 * 512).unwrap();
+    let range = first..first + blocks * 512;
+    Ones {
+        file,
+        range,
+        written: Mutex::default(),
+    }
+}
+
+#[test]
+fn a_refcount_table_grows_to_its_limit_and_no_further() {
+    let open = |image| {
+        let storage: Arc<dyn Storage> = Arc::new(image);
+        Qcow2Disk::open(storage, OpenOptions::default(), None).unwrap()
+    };
+    let disk = open(full_image(REFCOUNT_TABLE_BYTES_MAX * 3 / 4));
+    disk.write_at(&[1; 512], 0).unwrap();
+    let clusters = u64::from(disk.header().refcount_table_clusters);
+    assert_eq!(clusters * 512, REFCOUNT_TABLE_BYTES_MAX);
+    disk.close().unwrap();
+    let disk = open(full_image(REFCOUNT_TABLE_BYTES_MAX));
+    let error = disk.write_at(&[1; 512], 0).unwrap_err();
+    assert_eq!(error.source.kind(), io::ErrorKind::StorageFull);
+    let text = error.to_string();
+    assert!(text.contains("the refcount table would need"), "{text}");
 }
