@@ -62,6 +62,18 @@ struct WriteBack {
     frees: Vec<Free>,
 }
 
+/// Ends a write-back that panicked: nobody knows what is durable, and nobody must wait for it.
+struct Panics<'a>(&'a Flushes);
+
+impl Drop for Panics<'_> {
+    fn drop(&mut self) {
+        let mut state = self.0.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.running = false;
+        state.failed = Some(io::ErrorKind::Other);
+        self.0.ended.notify_all();
+    }
+}
+
 impl Qcow2Disk {
     /// Make everything that was acknowledged durable.
     pub(crate) fn write_back(&self) -> Result<(), Error> {
@@ -93,7 +105,9 @@ impl Qcow2Disk {
         state.running = true;
         state.started += 1;
         drop(state);
+        let panics = Panics(&self.flushes);
         let result = self.write_back_alone();
+        std::mem::forget(panics);
         let mut state = lock();
         state.running = false;
         match &result {

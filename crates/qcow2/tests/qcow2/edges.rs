@@ -221,10 +221,12 @@ fn a_disk_for_reading_only_is_not_written() {
     assert!(file.bytes() == before);
 }
 
-/// A file whose flushes fail when the test says so.
+/// A file whose flushes fail, or panic, when the test says so.
+#[derive(Default)]
 struct Faulty {
     file: MemoryFile,
     failing: AtomicBool,
+    panicking: AtomicBool,
 }
 
 impl Storage for Faulty {
@@ -257,6 +259,7 @@ impl Storage for Faulty {
     }
 
     fn flush(&self) -> io::Result<()> {
+        assert!(!self.panicking.load(Ordering::SeqCst), "as the test wants");
         match self.failing.load(Ordering::SeqCst) {
             true => Err(io::Error::from_raw_os_error(5)),
             false => self.file.flush(),
@@ -270,7 +273,7 @@ fn after_a_failed_flush_none_succeeds() {
     create(&file, &CreateOptions::new(1 << 20)).unwrap();
     let storage = Arc::new(Faulty {
         file: file.clone(),
-        failing: AtomicBool::new(false),
+        ..Faulty::default()
     });
     let disk = Qcow2Disk::open(storage.clone(), OpenOptions::default(), None).unwrap();
     disk.write_at(&[1; 4096], 0).unwrap();
@@ -286,6 +289,27 @@ fn after_a_failed_flush_none_succeeds() {
     disk.read_at(&mut read, 0).unwrap();
     assert_eq!(read, [2; 4096], "it can still be read");
     assert!(disk.close().is_err());
+    let report = check(&file, Repair::None).unwrap();
+    assert_eq!(report.errors, 0, "{report:?}");
+}
+
+#[test]
+fn nobody_waits_for_a_flush_that_panicked() {
+    let file = MemoryFile::default();
+    create(&file, &CreateOptions::new(1 << 20)).unwrap();
+    let storage = Arc::new(Faulty {
+        file: file.clone(),
+        ..Faulty::default()
+    });
+    let disk = Qcow2Disk::open(storage.clone(), OpenOptions::default(), None).unwrap();
+    disk.write_at(&[1; 4096], 0).unwrap();
+    storage.panicking.store(true, Ordering::SeqCst);
+    let flush = std::panic::AssertUnwindSafe(|| disk.flush());
+    std::panic::catch_unwind(flush).unwrap_err();
+    storage.panicking.store(false, Ordering::SeqCst);
+    let error = disk.flush().unwrap_err().to_string();
+    assert!(error.contains("an earlier flush failed"), "{error}");
+    drop(disk);
     let report = check(&file, Repair::None).unwrap();
     assert_eq!(report.errors, 0, "{report:?}");
 }
