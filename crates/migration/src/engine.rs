@@ -559,17 +559,21 @@ impl Engine {
 
     /// A destination that gives up closes the channel, too: what it said tells more than that.
     pub(crate) fn last_word(&mut self, error: SourceFailure) -> SourceFailure {
-        let deadline = Instant::now() + LAST_WORD_PATIENCE;
         let is_broken = matches!(error, SourceFailure::Save(_) | SourceFailure::Channel(_));
-        while is_broken && !self.heard.is_over() {
-            if Instant::now() >= deadline || self.check_cancelled().is_err() {
-                break;
-            }
-            self.hear(deadline.min(Instant::now() + TICK));
+        if is_broken {
+            self.wait_for_last_word();
         }
         match self.heard.shut {
             Some(status) if is_broken => SourceFailure::Refused { status },
             _ => error,
+        }
+    }
+
+    /// The channel is broken: hear what was said before.
+    pub(crate) fn wait_for_last_word(&mut self) {
+        let deadline = Instant::now() + LAST_WORD_PATIENCE;
+        while !self.heard.is_over() && Instant::now() < deadline && self.check_cancelled().is_ok() {
+            self.hear(deadline.min(Instant::now() + TICK));
         }
     }
 

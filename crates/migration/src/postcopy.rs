@@ -87,6 +87,10 @@ impl Engine {
                 Err(broken) => broken,
             };
             drop(sink);
+            self.wait_for_last_word();
+            if let Ok(Some(outcome)) = self.attend(following, Instant::now()) {
+                return outcome;
+            }
             match self.pause(following, &broken) {
                 Next::Connection(next) => sink = next,
                 Next::Over(outcome) => return outcome,

@@ -9,7 +9,7 @@
 //!
 //! Loading devices reads guest memory, whose pages come on the connection meanwhile.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{ScopedJoinHandle, scope};
 use std::time::Instant;
 
@@ -27,6 +27,9 @@ use super::loading::{Loading, publish_ram};
 use super::{Arrived, DestinationFailure, Reconnections};
 use crate::engine::TICK;
 use crate::status::{Published, State};
+
+/// No PING has come in the package.
+const NO_PING: u64 = u64::MAX;
 
 /// Load the package, let the guest run, receive the rest of its memory.
 pub(super) fn receive_rest(
@@ -49,6 +52,7 @@ pub(super) fn receive_rest(
     let offset = machine.offset().saturating_sub(package.len() as u64);
     let mut nested = machine.package();
     let stop = input.stop();
+    let (done, loaded_ping) = (AtomicBool::new(false), AtomicU64::new(NO_PING));
     let mut listener = Some(Listener {
         machine,
         live: registry.split_live(),
@@ -57,9 +61,9 @@ pub(super) fn receive_rest(
         reconnections,
         published,
         is_recovering: false,
+        loaded_ping: &loaded_ping,
     });
     let mut input = Some(input);
-    let done = AtomicBool::new(false);
     scope(|scope| {
         let mut running: Option<ScopedJoinHandle<'_, Listened<'_>>> = None;
         let loaded = nested.load_heard(package, &mut registry, |record| {
@@ -80,7 +84,9 @@ pub(super) fn receive_rest(
                 }
                 Record::Command(Command::Ping(value)) => {
                     landing.land(answers)?;
-                    answers.send(&ReturnMessage::Pong(*value))?;
+                    loaded_ping.store(u64::from(*value), Ordering::Release);
+                    // If it is lost, it is said again over the next connection.
+                    answers.say(&ReturnMessage::Pong(*value));
                 }
                 Record::Command(Command::PostcopyRun) => {
                     landing.land(answers)?;
@@ -96,7 +102,9 @@ pub(super) fn receive_rest(
             _ => Err(in_package(offset, LoadError::PackageWithoutRun)),
         });
         if loaded.is_err() {
-            // Nobody runs here who could need the rest.
+            // Nobody runs here who could need the rest. The source hears it before the connection ends.
+            answers.say(&ReturnMessage::Shut(1));
+            answers.close();
             reconnections.close();
             stop.trigger();
         }
@@ -155,6 +163,8 @@ struct Listener<'a> {
     reconnections: &'a Reconnections,
     published: &'a Published,
     is_recovering: bool,
+    /// The PING behind the devices, once they are loaded.
+    loaded_ping: &'a AtomicU64,
 }
 
 /// The listener, and why not everything has come, if so.
@@ -239,6 +249,10 @@ impl<'a> Listener<'a> {
             Command::PostcopyResume if self.is_recovering => {
                 self.is_recovering = false;
                 let answered = self.answers.send(&ReturnMessage::ResumeAck(1));
+                let ping = self.loaded_ping.load(Ordering::Acquire);
+                if let Ok(value) = u32::try_from(ping) {
+                    self.answers.say(&ReturnMessage::Pong(value));
+                }
                 self.answers.take_requests(stop.clone());
                 self.published.update(|status| {
                     status.state = State::PostcopyActive;

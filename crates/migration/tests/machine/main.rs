@@ -1,5 +1,7 @@
 //! Whole machines, at both ends, in one process.
 
+mod disks;
 mod recovery;
+mod refusals;
 mod switches;
 mod vm;

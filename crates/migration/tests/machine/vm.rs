@@ -8,10 +8,11 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use vmferry_channel::{Channel, Direction, Stop};
+use vmferry_disk::Node;
 use vmferry_migration::{
-    Arrived, Capabilities, Coverage, DestinationFailure, DestinationJob, DestinationMachine, Guest,
-    Parameters, Published, Reconnections, RunningSource, SourceJob, SourceMachine, State, Status,
-    Target, receive_machine,
+    Arrived, Capabilities, Coverage, DestinationDisk, DestinationFailure, DestinationJob,
+    DestinationMachine, Guest, Parameters, Published, Reconnections, RunningSource, SourceDisk,
+    SourceJob, SourceMachine, State, Status, Target, receive_machine,
 };
 use vmferry_ram::{
     AnonymousRam, DirtyLog, GuestRam, RamDestinationOptions, RamSourceOptions, UserfaultLog,
@@ -40,13 +41,22 @@ const RAM: &str = "pc.ram";
 
 /// How far the vCPU has come.
 #[derive(Clone, Debug, Default, VmState)]
-#[vmstate(name = "vcpu", version = 1)]
+#[vmstate(name = "vcpu", version = 1, post_load = Self::check)]
 pub(crate) struct Registers {
     #[vmstate(uint64)]
     steps: u64,
-    /// Loading fails if this was not what it should be.
-    #[vmstate(uint64)]
-    poison: u64,
+    /// Cannot be loaded.
+    #[vmstate(bool)]
+    poisoned: bool,
+}
+
+impl Registers {
+    fn check(&mut self, _version: u32) -> Result<(), String> {
+        match self.poisoned {
+            true => Err("poisoned".to_owned()),
+            false => Ok(()),
+        }
+    }
 }
 
 /// A machine.
@@ -68,7 +78,15 @@ struct Vcpu {
 impl Vm {
     /// One that waits for a migration.
     pub(crate) fn empty() -> Self {
-        let pages = STILL_PAGES + COUNTERS;
+        Self::with_pages(STILL_PAGES + COUNTERS)
+    }
+
+    /// One that has less memory than others.
+    pub(crate) fn smaller() -> Self {
+        Self::with_pages(STILL_PAGES)
+    }
+
+    fn with_pages(pages: u64) -> Self {
         let ram = AnonymousRam::new(&[(RAM, pages * 4096), ("pc.rom", 4096 * 3)]);
         Self {
             ram: Arc::new(ram.expect("memory")),
@@ -91,6 +109,11 @@ impl Vm {
         }
         vm.guest().run();
         vm
+    }
+
+    /// Its device can be saved, but not loaded.
+    pub(crate) fn poison(&self) {
+        self.registers.lock().expect("no panic").poisoned = true;
     }
 
     pub(crate) fn guest(&self) -> Box<dyn Guest> {
@@ -251,6 +274,9 @@ fn step(ram: &AnonymousRam, registers: &Mutex<Registers>) -> Result<(), String> 
 
 pub(crate) type Received = Result<Arrived, DestinationFailure>;
 
+/// One at each end, or none.
+type Disks = (Option<Arc<Node>>, Option<Arc<Node>>);
+
 /// A migration from one machine to another.
 pub(crate) struct Pair {
     pub(crate) source: RunningSource,
@@ -266,26 +292,53 @@ impl Pair {
         postcopy: bool,
         ends: (UnixStream, UnixStream),
     ) -> Self {
+        Self::with_disks(from, to, postcopy, ends, (None, None))
+    }
+
+    /// The source may turn it into a postcopy, and the destination does not expect that.
+    pub(crate) fn begin_unlike(from: &Vm, to: &Vm, ends: (UnixStream, UnixStream)) -> Self {
+        Self::between(from.source(true), to.destination(false), ends, (None, None))
+    }
+
+    /// A disk at each end moves with the machine.
+    pub(crate) fn with_disks(
+        from: &Vm,
+        to: &Vm,
+        postcopy: bool,
+        ends: (UnixStream, UnixStream),
+        disks: Disks,
+    ) -> Self {
+        Self::between(from.source(postcopy), to.destination(postcopy), ends, disks)
+    }
+
+    fn between(
+        from: SourceMachine,
+        to: DestinationMachine,
+        ends: (UnixStream, UnixStream),
+        disks: Disks,
+    ) -> Self {
+        let postcopy = from.ram_options.postcopy;
         let (here, there) = ends;
         let (reconnections, published) = (Reconnections::default(), Published::default());
         let destination = {
-            let machine = to.destination(postcopy);
             let (reconnections, published) = (reconnections.clone(), published.clone());
+            let disk = disks.1.map(|node| DestinationDisk { node, record: None });
             thread::spawn(move || {
                 let job = DestinationJob {
-                    disks: Vec::new(),
+                    disks: Vec::from_iter(disk),
                     coverage: Coverage::Whole,
                     rest: None,
                     any_machine: false,
                     keep_records: false,
                 };
                 let (channel, _) = channel(there, Direction::Incoming);
-                receive_machine(channel, job, machine, &reconnections, &published)
+                receive_machine(channel, job, to, &reconnections, &published)
             })
         };
         let (channel, stop) = channel(here, Direction::Outgoing);
+        let disk = disks.0.map(|node| SourceDisk { node, record: None });
         let job = SourceJob {
-            disks: Vec::new(),
+            disks: Vec::from_iter(disk),
             target: Target::Channel(channel),
             parameters: Parameters {
                 // It converges however slow this host is.
@@ -296,8 +349,7 @@ impl Pair {
             capabilities: Capabilities::default(),
             stop,
         };
-        let machine = from.source(postcopy);
-        let source = RunningSource::start_machine(job, machine, Published::default());
+        let source = RunningSource::start_machine(job, from, Published::default());
         Self {
             source: source.expect("a migration"),
             destination: Some(destination),

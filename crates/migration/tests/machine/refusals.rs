@@ -1,0 +1,65 @@
+//! Destinations that cannot run the guest.
+
+use std::os::unix::net::UnixStream;
+
+use vmferry_migration::State;
+
+use crate::vm::{Pair, Vm, rng};
+
+/// Before the guest runs there, and it is known not to, it goes on at home.
+#[test]
+fn a_device_that_cannot_be_loaded_keeps_the_guest_at_home() {
+    let rng = &mut rng();
+    for postcopy in [false, true] {
+        let (from, to) = (Vm::running(rng), Vm::empty());
+        from.poison();
+        let ends = UnixStream::pair().expect("a pair");
+        let mut pair = Pair::begin(&from, &to, postcopy, ends);
+        if postcopy {
+            pair.source.start_postcopy().expect("it can");
+        }
+        let status = pair.wait();
+        assert_eq!(status.state, State::Failed, "{status:?}");
+        let error = pair.received().expect_err("poisoned").to_string();
+        assert!(
+            error.contains("'vcpu'") && error.ends_with("poisoned"),
+            "{error}"
+        );
+        from.goes_on(1000);
+        from.stop();
+        assert_eq!((from.runs(), to.runs()), (2, 0));
+    }
+}
+
+/// A machine with other memory.
+#[test]
+fn memory_that_does_not_fit_keeps_the_guest_at_home() {
+    let rng = &mut rng();
+    let (from, to) = (Vm::running(rng), Vm::smaller());
+    let ends = UnixStream::pair().expect("a pair");
+    let mut pair = Pair::begin(&from, &to, false, ends);
+    let status = pair.wait();
+    assert_eq!(status.state, State::Failed, "{status:?}");
+    let error = pair.received().expect_err("too small").to_string();
+    assert!(error.contains("pc.ram"), "{error}");
+    from.goes_on(1000);
+    from.stop();
+}
+
+/// Only one of the two expects that it may become a postcopy.
+#[test]
+fn both_must_expect_a_postcopy() {
+    let rng = &mut rng();
+    let (from, to) = (Vm::running(rng), Vm::empty());
+    let ends = UnixStream::pair().expect("a pair");
+    let mut pair = Pair::begin_unlike(&from, &to, ends);
+    let status = pair.wait();
+    assert_eq!(status.state, State::Failed, "{status:?}");
+    let error = pair.received().expect_err("refused").to_string();
+    assert!(
+        error.contains("POSTCOPY_ADVISE") && error.contains("postcopy-ram is off here"),
+        "{error}"
+    );
+    from.goes_on(1000);
+    from.stop();
+}
