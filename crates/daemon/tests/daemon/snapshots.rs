@@ -12,9 +12,9 @@ use vmferry_daemon::{Disk, Incoming};
 use vmferry_disk::{BlockDevice, Cached, Hold, Node};
 use vmferry_migration::Start;
 use vmferry_qcow2::{CreateOptions, FileStorage, OpenOptions, Qcow2Disk, Repair, Storage};
-use vmferry_qmp::types::HoldLevel;
+use vmferry_qmp::types::{HoldLevel, MigrationStatus};
 
-use crate::host::{MIB, PATIENCE, Qmp, Running, run};
+use crate::host::{Host, MIB, OVER, PATIENCE, Qmp, Running, Settings, run};
 
 /// A guest's bytes that a [`Switches`] can stop on their way.
 const STUCK: u8 = 0xab;
@@ -384,6 +384,39 @@ fn a_disk_that_waits_for_a_migration_has_no_snapshots_yet() {
         .qmp()
         .refused("snapshot-save", asked("job", "tag", &["a"]));
     assert_eq!(refused, "snapshot-save: disk 'a' waits for a migration");
+    daemon.end().unwrap();
+}
+
+#[test]
+fn a_disk_that_migrates_has_no_snapshots_meanwhile() {
+    let images = Images::new(&["a", "b"]);
+    let daemon = images.start();
+    let destination = Host::new();
+    destination.make("a", &vec![0; usize::try_from(LENGTH).unwrap()]);
+    let settings = Settings {
+        incoming: true,
+        ..Settings::default()
+    };
+    let to = destination.start(&["a"], &settings);
+    let mut qmp = daemon.patient_qmp();
+    let pause = json!([{"capability": "pause-before-switchover", "state": true}]);
+    qmp.run("migrate-set-capabilities", json!({ "capabilities": pause }));
+    let uri = to.incoming.clone().unwrap().to_string();
+    qmp.run("migrate", json!({"uri": uri, "x-disks": ["a"]}));
+    qmp.wait_status(&[MigrationStatus::PreSwitchover]);
+    for command in ["snapshot-save", "snapshot-load"] {
+        let refused = qmp.refused(command, asked("job", "tag", &["b", "a"]));
+        assert_eq!(
+            refused,
+            format!("{command}: disk 'a' is in use by a migration")
+        );
+    }
+    // What stays may have them.
+    qmp.job_well("snapshot-save", "tag", &["b"]);
+    qmp.run("migrate_cancel", json!({}));
+    qmp.wait_status(&OVER);
+    qmp.job_well("snapshot-delete", "tag", &["a", "b"]);
+    drop(to);
     daemon.end().unwrap();
 }
 
