@@ -709,3 +709,27 @@ impl RamBlock {
         let _ = unsafe { madvise(self.start().as_ptr().cast(), bytes, advice) };
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+
+    use super::*;
+    use crate::AnonymousRam;
+
+    #[test]
+    fn the_device_gives_one_that_works() {
+        if let Err(error) = File::options().read(true).write(true).open(DEVICE) {
+            println!("left out: {DEVICE}: {error}");
+            return;
+        }
+        let open = || open_device().map_err(failed("open"));
+        let userfault = Userfault::open(Kind::Missing, open).unwrap();
+        let ram = AnonymousRam::new(&[("pc.ram", PAGE_BYTES)]).unwrap();
+        userfault.register(&ram.blocks()[0]).unwrap();
+        let page = [7; 4096];
+        let placed = userfault.place(&ram.blocks()[0], 0, &page).unwrap();
+        assert_eq!(placed, Placed::Now);
+        assert!(ram.blocks()[0].is_filled(0, 4096, 7).unwrap());
+    }
+}
