@@ -56,6 +56,9 @@ const PART_BYTES_MAX: u64 = 4 << 20;
 /// at all.
 const PART_PAGES_MAX: u64 = 1 << 16;
 
+/// Passes that begin in one PART.
+const PART_PASSES_MAX: u32 = 1;
+
 /// How RAM is sent.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RamSourceOptions {
@@ -139,6 +142,8 @@ pub struct RamSource {
     throttle: Option<Box<dyn Throttle>>,
     converge: AutoConverge,
     options: RamSourceOptions,
+    /// Length of each block, as the destination was told.
+    listed_bytes: Vec<u64>,
     schedule: Schedule,
     writer: PageWriter,
     watch: Watch,
@@ -172,6 +177,7 @@ impl RamSource {
             throttle,
             converge: AutoConverge::new(options.throttle),
             options,
+            listed_bytes: Vec::new(),
             schedule: Schedule::new(&[]),
             writer: PageWriter::new(cache),
             watch: Watch::new(Instant::now()),
@@ -198,6 +204,8 @@ impl RamSource {
             travels: self.shared.travels(block.sharing()),
         };
         let pages: Vec<BlockPages> = blocks.iter().map(pages).collect();
+        let bytes = |block: &BlockPages| block.pages * PAGE_BYTES;
+        self.listed_bytes = pages.iter().map(bytes).collect();
         self.schedule = Schedule::new(&pages);
         self.writer = PageWriter::new(new_cache(self.options.xbzrle_cache_bytes)?);
         self.converge = AutoConverge::new(self.options.throttle);
@@ -227,16 +235,16 @@ impl RamSource {
 
     fn list_blocks(&mut self, sink: &mut dyn Sink) -> Result<(), HandlerError> {
         let ram = Arc::clone(&self.ram);
-        let total_bytes = ram.blocks().iter().map(RamBlock::used_bytes).sum();
+        let total_bytes = self.listed_bytes.iter().sum();
         self.writer
             .record(RamRecord::BlockList { total_bytes }, sink)?;
-        for block in ram.blocks() {
+        for (block, used_bytes) in ram.blocks().iter().zip(self.listed_bytes.clone()) {
             let page_bytes = block.page_bytes();
             let is_told = self.options.postcopy && page_bytes != PAGE_BYTES;
             let address = block.guest_address().unwrap_or(0);
             let record = RamRecord::Block {
                 name: block.idstr().clone(),
-                used_bytes: block.used_bytes(),
+                used_bytes,
                 page_bytes: is_told.then_some(page_bytes),
                 guest_address: self.options.ignore_shared.then_some(address),
                 mapped: None,
@@ -283,12 +291,12 @@ impl RamSource {
 
     /// The destination was told the lengths.
     fn check_lengths(&self) -> Result<(), RamSourceError> {
-        let mut blocks = self.ram.blocks().iter().zip(self.shared.listed_bytes());
-        match blocks.find(|(block, listed)| block.used_bytes() != *listed) {
+        let mut blocks = self.ram.blocks().iter().zip(&self.listed_bytes);
+        match blocks.find(|(block, listed)| block.used_bytes() != **listed) {
             None => Ok(()),
             Some((block, listed)) => Err(RamSourceError::Resized {
                 block: block.idstr().clone(),
-                listed,
+                listed: *listed,
                 used_bytes: block.used_bytes(),
             }),
         }
@@ -312,16 +320,10 @@ impl RamSource {
         }
     }
 
-    /// The next run of this pass, or else of the next.
-    fn next_run(&mut self) -> Result<Option<Run>, RamSourceError> {
-        if let Some(run) = self.schedule.next(RUN_PAGES) {
-            return Ok(Some(run));
-        }
+    /// Begin the next pass; false if nothing was written.
+    fn begin_pass(&mut self) -> Result<bool, RamSourceError> {
         self.collect()?;
-        match self.schedule.begin_pass() {
-            true => Ok(self.schedule.next(RUN_PAGES)),
-            false => Ok(None),
-        }
+        Ok(self.schedule.begin_pass())
     }
 
     fn end_of_section(&mut self, sink: &mut dyn Sink) -> Result<(), HandlerError> {
@@ -333,18 +335,29 @@ impl RamSource {
     fn publish(&self) {
         let stats = &self.shared.stats;
         stats.passes.store(self.schedule.passes(), Relaxed);
-        let left = self.schedule.left() * PAGE_BYTES;
-        stats.remaining_bytes.store(left, Relaxed);
+        let left = match self.options.background_snapshot {
+            true => self.snapshot_left(),
+            false => self.schedule.left(),
+        };
+        stats.remaining_bytes.store(left * PAGE_BYTES, Relaxed);
     }
 
     /// Write the body of a PART while everything is still here.
     fn iterate_precopy(&mut self, sink: &mut dyn Sink) -> Result<Progress, HandlerError> {
         // Under a rate limit no more than this time slice allows, so that commands are heard.
         let bytes_max = PART_BYTES_MAX.min(sink.allowance().max(1));
-        let (before, mut pages) = (self.writer.wire_bytes(), 0);
+        let (before, mut pages, mut passes) = (self.writer.wire_bytes(), 0, 0);
         let progress = loop {
-            let Some(run) = self.next_run()? else {
-                break Progress::Finished;
+            let Some(run) = self.schedule.next(RUN_PAGES) else {
+                // Not pass after pass of a few pages each: whoever asks what is left gets a turn.
+                if passes == PART_PASSES_MAX {
+                    break Progress::Unfinished;
+                }
+                passes += 1;
+                match self.begin_pass()? {
+                    true => continue,
+                    false => break Progress::Finished,
+                }
             };
             self.send(&run, sink)?;
             pages += run.pages.end - run.pages.start;

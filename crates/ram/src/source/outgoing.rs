@@ -13,11 +13,11 @@ use crate::bitmap::PageBitmap;
 use crate::block::{BlockIndex, PAGE_BYTES};
 use crate::guest::GuestRam;
 
-/// Requests that wait to be served first. Pages of more come with the others; a destination never has
-/// more threads that wait for a page.
+/// Requests that wait to be served first; those beyond come with all other pages. A destination's guest
+/// has fewer threads that could wait for a page.
 pub(crate) const REQUESTS_MAX: usize = 1 << 16;
 
-/// What the destination knows to be left is asked for exactly below this, unless somebody says it.
+/// What is left is told exactly below this, unless somebody sets another limit.
 const EXACT_BELOW_BYTES: u64 = 64 << 20;
 
 /// RAM that is being sent, seen from other threads.
@@ -289,13 +289,6 @@ impl Shared {
             blocks,
             ..State::default()
         };
-    }
-
-    /// The length of each block, as the destination was told.
-    pub(crate) fn listed_bytes(&self) -> Vec<u64> {
-        let state = self.lock();
-        let bytes = |block: &Listed| block.layout.pages * PAGE_BYTES;
-        state.blocks.iter().map(bytes).collect()
     }
 
     /// From now on requests are taken.

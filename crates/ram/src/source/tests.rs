@@ -26,9 +26,11 @@ fn random_ram(blocks: &[(&str, u64)], rng: &mut fastrand::Rng) -> Arc<AnonymousR
     Arc::new(ram)
 }
 
+/// Random bytes and then zeroes, so that one version of a page is often like the next.
 fn write_page(block: &RamBlock, page: u64, rng: &mut fastrand::Rng) {
     let mut content = [0; 4096];
-    rng.fill(&mut content);
+    let end = [16, 1000, 4096][rng.usize(..3)];
+    rng.fill(&mut content[..end]);
     block
         .write(page * PAGE_BYTES, &content)
         .expect("in the block");

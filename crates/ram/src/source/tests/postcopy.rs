@@ -263,6 +263,22 @@ fn what_is_left_may_come_later() {
 }
 
 #[test]
+fn the_first_page_after_the_switch_names_its_block() {
+    let ram = random_ram(&[("a", 4 << 12)], &mut rng());
+    let (mut source, marker) = source(&ram, POSTCOPY);
+    let mut bytes = Vec::new();
+    source.setup(&mut bytes).expect("it starts");
+    source.iterate(&mut bytes).expect("it goes on");
+    marker.mark(BlockIndex(0), 2 << 12, 2 << 12);
+    source.discard(&mut |_, _| Ok(())).expect("it can");
+    bytes.clear();
+    source.iterate(&mut bytes).expect("it goes on");
+    assert_eq!(bytes[..7], *b"\0\0\0\0\0\0\x20");
+    assert_eq!(bytes[7] & 0x20, 0);
+    assert_eq!(bytes[8..10], *b"\x01a");
+}
+
+#[test]
 fn recovery_needs_to_know_every_block() {
     let (_, mut source, outgoing, mut stream) = switched(&mut rng());
     stream.part(&mut source);

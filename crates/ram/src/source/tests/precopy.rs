@@ -474,3 +474,86 @@ fn it_begins_anew() {
     let refused = source.outgoing().request(None, 0, 4096);
     assert_eq!(refused, Err(RequestError::NoPostcopy));
 }
+
+/// A guest that writes the same page all the time, and counts how often its log is read.
+struct Busy(Arc<std::sync::atomic::AtomicU32>);
+
+impl DirtyLog for Busy {
+    fn start(&mut self, _: &dyn GuestRam) -> Result<(), DirtyLogError> {
+        Ok(())
+    }
+
+    fn collect(
+        &mut self,
+        _: &dyn GuestRam,
+        dirty: &mut dyn FnMut(BlockIndex, std::ops::Range<u64>),
+    ) -> Result<(), DirtyLogError> {
+        self.0.fetch_add(1, SeqCst);
+        dirty(BlockIndex(0), 0..1);
+        Ok(())
+    }
+
+    fn stop(&mut self, _: &dyn GuestRam) {}
+}
+
+#[test]
+fn a_part_begins_one_pass() {
+    let ram = Arc::new(AnonymousRam::new(&[("a", 4 << 12)]).expect("memory"));
+    let asked = Arc::default();
+    let log = Box::new(Busy(Arc::clone(&asked)));
+    let source = RamSource::new(ram, log, None, RamSourceOptions::default());
+    let mut source = source.expect("a source");
+    source.setup(&mut Vec::new()).expect("it starts");
+    let passes = &source.outgoing().stats();
+    for part in 1..4 {
+        let progress = source.iterate(&mut Vec::new()).expect("it goes on");
+        assert_eq!(progress, Progress::Unfinished);
+        assert_eq!(asked.load(SeqCst), part);
+        assert_eq!(passes.passes.load(Relaxed), u64::from(part) + 1);
+    }
+}
+
+/// Once the log has failed nothing completes.
+#[test]
+fn a_log_that_fails_ends_the_migration() {
+    struct Broken;
+    impl DirtyLog for Broken {
+        fn start(&mut self, _: &dyn GuestRam) -> Result<(), DirtyLogError> {
+            Ok(())
+        }
+        fn collect(
+            &mut self,
+            _: &dyn GuestRam,
+            _: &mut dyn FnMut(BlockIndex, std::ops::Range<u64>),
+        ) -> Result<(), DirtyLogError> {
+            let source = std::io::ErrorKind::Other.into();
+            let what = "scan".into();
+            Err(DirtyLogError { what, source })
+        }
+        fn stop(&mut self, _: &dyn GuestRam) {}
+    }
+    let ram = Arc::new(AnonymousRam::new(&[("a", 4 << 12)]).expect("memory"));
+    let options = RamSourceOptions {
+        postcopy: true,
+        ..RamSourceOptions::default()
+    };
+    let source = RamSource::new(ram, Box::new(Broken), None, options);
+    let mut source = source.expect("a source");
+    source.setup(&mut Vec::new()).expect("it starts");
+    let mut bytes = Vec::new();
+    let expected = "dirty log: scan: other error";
+    let error = source.iterate(&mut bytes).expect_err("it fails");
+    assert_eq!(error.to_string(), expected);
+    assert!(matches!(source.pending(), Pending::Bulk { .. }));
+    let stopped = GuestStopped::assert_drained();
+    let error = SaveHandler::complete(&mut source, &stopped, &mut bytes).expect_err("it fails");
+    assert_eq!(error.to_string(), expected);
+    let error = source.discard(&mut |_, _| Ok(())).expect_err("it fails");
+    assert_eq!(error.to_string(), expected);
+    // Where it cannot be said at once.
+    source.schedule.begin_pass();
+    source.watch = Watch::new(Instant::now() - Duration::from_secs(9));
+    assert!(matches!(source.pending(), Pending::Bulk { .. }));
+    let error = source.discard(&mut |_, _| Ok(())).expect_err("it fails");
+    assert_eq!(error.to_string(), expected);
+}
