@@ -10,7 +10,9 @@
 //! The extension means something only while autoclear bit 0 is set. Before the first change of the
 //! disk every bitmap that ought to record it (flag `auto`) is marked *in use*: whoever opens the
 //! image next knows that it is not up to date. Bitmaps that record nothing stay valid. A directory
-//! that is broken is dropped by clearing the bit, and unknown autoclear bits are cleared.
+//! that is broken is dropped by clearing the bit, and unknown autoclear bits are cleared. The
+//! directory and the tables are guarded like all tables, whatever refcounts say; the clusters of bits
+//! are not.
 #![deny(clippy::arithmetic_side_effects, clippy::cast_possible_truncation)]
 
 use std::ops::Range;
@@ -23,6 +25,7 @@ use crate::limits::{
 };
 use crate::state::State;
 use crate::storage::Storage;
+use crate::types::Geometry;
 
 const IN_USE: u32 = 1;
 const AUTO: u32 = 1 << 1;
@@ -107,6 +110,33 @@ impl BitmapDirectory {
             bytes: offset..end,
             bitmaps,
         }))
+    }
+
+    /// Where it and its tables lie: clusters in runs, in order, apart from one another.
+    fn clusters(&self, geometry: Geometry) -> Vec<Range<u64>> {
+        let run = |offset, bytes| {
+            let first = geometry.cluster_of(offset);
+            first..first.saturating_add(geometry.clusters(bytes))
+        };
+        let length = self.bytes.end.saturating_sub(self.bytes.start);
+        let mut runs = vec![run(self.bytes.start, length)];
+        let tables = self.bitmaps.iter();
+        runs.extend(tables.map(|bitmap| {
+            run(
+                bitmap.table_offset,
+                u64::from(bitmap.table_entries).saturating_mul(8),
+            )
+        }));
+        runs.retain(|run| !run.is_empty());
+        runs.sort_unstable_by_key(|run| run.start);
+        let mut apart: Vec<Range<u64>> = Vec::new();
+        for run in runs {
+            match apart.last_mut() {
+                Some(last) if run.start <= last.end => last.end = last.end.max(run.end),
+                _ => apart.push(run),
+            }
+        }
+        apart
     }
 }
 
@@ -195,7 +225,12 @@ pub(crate) fn before_first_change(storage: &dyn Storage, state: &mut State) -> R
     let mut header = state.header.clone();
     header.autoclear &= BITMAPS;
     let marked = match mark_in_use(storage, &header, state.file_end, false) {
-        Ok(marked) => marked,
+        Ok(marked) => {
+            let directory = BitmapDirectory::read(storage, &header, state.file_end)?;
+            state.bitmaps =
+                directory.map_or_else(Vec::new, |directory| directory.clusters(state.geometry));
+            marked
+        }
         Err(error @ Error::Corrupt { .. }) => {
             tracing::warn!(%error, "the bitmaps of the image are dropped");
             header.autoclear = 0;
@@ -213,4 +248,84 @@ pub(crate) fn before_first_change(storage: &dyn Storage, state: &mut State) -> R
         .map_err(Error::storage("flush", "header", 0))?;
     state.header = header;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+    use std::sync::Arc;
+
+    use vmferry_disk::BlockDevice;
+
+    use super::*;
+    use crate::header::CORRUPT;
+    use crate::{FileStorage, OpenOptions, Qcow2Disk};
+
+    #[test]
+    fn where_bitmaps_lie_is_said_once() {
+        let bitmap = |table_offset, table_entries| Bitmap {
+            name: "bitmap".into(),
+            granularity_bits: 16,
+            in_use: false,
+            auto: true,
+            table_offset,
+            table_entries,
+            flags_offset: 0,
+        };
+        let directory = BitmapDirectory {
+            bytes: 9 << 16..(9 << 16) + 100,
+            // One that touches another, one inside of it, one of no length at all.
+            bitmaps: vec![
+                bitmap(7 << 16, 8193),
+                bitmap(3 << 16, 1),
+                bitmap(8 << 16, 1),
+                bitmap(20 << 16, 0),
+            ],
+        };
+        let geometry = Geometry {
+            version: 3,
+            cluster_bits: 16,
+            refcount_order: 4,
+        };
+        assert_eq!(directory.clusters(geometry), [3..4, 7..10]);
+    }
+
+    #[test]
+    fn nothing_is_written_over_a_directory_that_has_no_refcount() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("image");
+        let qemu_img = |before: &[&str], after| {
+            let mut command = Command::new("qemu-img");
+            let status = command.args(before).arg(&path).arg(after).status();
+            assert!(status.unwrap().success());
+        };
+        qemu_img(&["create", "-q", "-f", "qcow2"], "1M");
+        qemu_img(&["bitmap", "--add"], "changes");
+        let storage = FileStorage::open(&path, false, true).unwrap();
+        let header = Header::read(&storage).unwrap();
+        let file_end = storage.length().unwrap().next_multiple_of(1 << 16);
+        let directory = BitmapDirectory::read(&storage, &header, file_end).unwrap();
+        let place = directory.unwrap().bytes.start;
+        let mut block = [0; 8];
+        storage
+            .read_at(&mut block, header.refcount_table_offset)
+            .unwrap();
+        let count = u64::from_be_bytes(block) + 2 * (place >> 16);
+        storage.write_at(&[0; 2], count).unwrap();
+        let mut before = [0; 64];
+        storage.read_at(&mut before, place).unwrap();
+
+        let storage: Arc<dyn Storage> = Arc::new(storage);
+        let disk = Qcow2Disk::open(Arc::clone(&storage), OpenOptions::default(), None).unwrap();
+        let error = disk.write_at(&[7; 1 << 16], 0).unwrap_err().to_string();
+        assert!(error.contains("a table lies where"), "{error}");
+        drop(disk);
+        let header = Header::read(&*storage).unwrap();
+        assert_ne!(header.incompatible & CORRUPT, 0);
+        let mut after = [0; 64];
+        storage.read_at(&mut after, place).unwrap();
+        // The flags say that the bitmap is in use now; all else is as it was.
+        after[12..16].copy_from_slice(&before[12..16]);
+        assert_eq!(before, after);
+    }
 }

@@ -199,6 +199,9 @@ impl BlockDevice for Qcow2Disk {
             .map_err(failed("discard", offset, length))
     }
 
+    /// A run ends after [`crate::limits::LOOK_UP_CLUSTERS_MAX`] clusters at the latest, so that no
+    /// answer takes long. `Data` says that there is a cluster, not that anything was written to it:
+    /// one that was allocated in advance is `Data`, too.
     fn status(&self, offset: u64, length: u64) -> Result<Extent, DiskError> {
         let _operation = self.operation();
         self.check_range(offset, length)

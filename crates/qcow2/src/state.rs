@@ -52,6 +52,9 @@ pub(crate) struct State {
     pub(crate) file_end: u64,
     /// Clusters of the tables in use: no data is ever written there.
     pub(crate) metadata: HashSet<u64>,
+    /// The same for what leads to the bits of bitmaps, which never moves: runs of clusters, in
+    /// order, apart from one another. Known from the first change on.
+    pub(crate) bitmaps: Vec<Range<u64>>,
     /// Freed since the last write-back began.
     pub(crate) frees: Vec<Free>,
     /// Freed in the file too, but maybe still in use by an operation.
@@ -99,6 +102,7 @@ impl State {
             untouched_from: file_end,
             file_end,
             metadata: HashSet::new(),
+            bitmaps: Vec::new(),
             frees: Vec::new(),
             retired: Vec::new(),
             epoch: 0,
@@ -154,9 +158,14 @@ impl State {
 
     /// Is there a table in one of these clusters?
     pub(crate) fn overlaps_metadata(&self, clusters: Range<u64>) -> bool {
-        clusters
-            .into_iter()
-            .any(|cluster| self.metadata.contains(&cluster))
+        let next = self
+            .bitmaps
+            .partition_point(|run| run.end <= clusters.start);
+        let bitmap = self.bitmaps.get(next);
+        bitmap.is_some_and(|run| run.start < clusters.end)
+            || clusters
+                .into_iter()
+                .any(|cluster| self.metadata.contains(&cluster))
     }
 
     /// The first operation in flight on one of these clusters: where it begins and ends.
