@@ -97,8 +97,11 @@ impl Faults {
             let memory = &self.watched.memory;
             memory.mark(page.block, page.offset, block.page_bytes());
             count(&self.watched.stats.placed);
-            if let Some(time) = self.watched.requests.placed(page) {
-                self.watched.stats.fault_latency.add(time);
+            if self.watched.requests.placed(page) {
+                // Placing has woken all who waited. But a page can be given back and touched again
+                // before it is marked: whoever did that shall look once more.
+                let userfault = &self.watched.userfault;
+                userfault.wake(block, page.offset, block.page_bytes())?;
             }
         }
         Ok(placed)
@@ -162,8 +165,7 @@ impl Watched {
     fn fault(&self, page: HostPage, seen: Instant) {
         let is_here = || self.memory.has(page.block, page.offset);
         match self.requests.fault(page, seen, is_here) {
-            requests::Fault::New => count(&self.stats.faults),
-            requests::Fault::Known => {}
+            requests::Fault::New | requests::Fault::Known => {}
             requests::Fault::Here => self.revive(page),
         }
     }

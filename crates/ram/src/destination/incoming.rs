@@ -56,11 +56,12 @@ pub(super) struct Shared {
 
 impl Shared {
     pub(super) fn new(memory: Memory, options: RamDestinationOptions) -> Self {
+        let stats = Arc::default();
         Self {
             memory: Arc::new(memory),
             options,
-            stats: Arc::default(),
-            requests: Arc::default(),
+            requests: Arc::new(Requests::new(Arc::clone(&stats))),
+            stats,
             phase: Mutex::default(),
             faults: OnceLock::new(),
             breaks: AtomicU64::new(0),

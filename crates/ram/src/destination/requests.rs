@@ -10,8 +10,10 @@
 //! as many as there are threads that touch its memory.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use super::stats::{RamDestinationStats, count};
 
 /// A host page: index of the block, offset in it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -25,6 +27,7 @@ pub(super) struct HostPage {
 pub(super) struct Requests {
     pages: Mutex<Pages>,
     arrived: Condvar,
+    stats: Arc<RamDestinationStats>,
 }
 
 #[derive(Debug, Default)]
@@ -40,6 +43,13 @@ struct Pages {
 }
 
 impl Requests {
+    pub(super) fn new(stats: Arc<RamDestinationStats>) -> Self {
+        Self {
+            stats,
+            ..Self::default()
+        }
+    }
+
     /// Somebody waits for a page since `seen`. `is_here` is asked whether it came meanwhile: then
     /// nothing happens, and the answer is false.
     pub(super) fn fault(
@@ -56,6 +66,7 @@ impl Requests {
         if pages.waiting.contains_key(&page) {
             return Fault::Known;
         }
+        count(&self.stats.faults);
         pages.waiting.insert(page, seen);
         pages.queue.push_back(page);
         drop(pages);
@@ -63,10 +74,13 @@ impl Requests {
         Fault::New
     }
 
-    /// A page was placed, and marked as received: how long somebody waited for it.
-    pub(super) fn placed(&self, page: HostPage) -> Option<Duration> {
-        let seen = self.lock().waiting.remove(&page)?;
-        Some(seen.elapsed())
+    /// A page was placed, and marked as received: did somebody wait for it?
+    pub(super) fn placed(&self, page: HostPage) -> bool {
+        let seen = self.lock().waiting.remove(&page);
+        if let Some(seen) = seen {
+            self.stats.fault_latency.add(seen.elapsed());
+        }
+        seen.is_some()
     }
 
     /// The next page to ask for; waits for one until the deadline.
@@ -142,6 +156,8 @@ impl Pages {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     fn page(offset: u64) -> HostPage {
@@ -166,9 +182,9 @@ mod tests {
         assert_eq!(fault(&requests, 2), Fault::Known);
         assert_eq!(requests.next(Instant::now()), Some(page(3)));
         assert_eq!(fault(&requests, 3), Fault::Known);
-        assert!(requests.placed(page(1)).is_some());
+        assert!(requests.placed(page(1)));
         assert_eq!(all(&requests), [2]);
-        assert_eq!(requests.placed(page(1)), None);
+        assert!(!requests.placed(page(1)));
         let here = requests.fault(page(1), Instant::now(), || true);
         assert_eq!(here, Fault::Here);
         assert_eq!(all(&requests), [0_u64; 0]);

@@ -46,7 +46,8 @@ impl Default for Histogram {
 }
 
 impl Histogram {
-    pub(super) fn add(&self, time: Duration) {
+    /// Add a time.
+    pub fn add(&self, time: Duration) {
         let nanoseconds = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
         if let Some(bucket) = self.buckets.get(bucket(nanoseconds)) {
             count(bucket);

@@ -22,6 +22,7 @@ use vmferry_stream::{
 
 use super::*;
 use crate::block::{BlockIndex, BlockLayout, LayoutError, RamBlock, Sharing};
+use crate::guest::AnonymousRam;
 use crate::userfault::check_postcopy;
 use crate::{SECTION_NAME, SECTION_VERSION};
 

@@ -67,7 +67,13 @@ fn request(block: &str, start: u64) -> PageRequest {
 /// All pages from `first` on.
 fn rest(block: &str, first: u64, pages: u64) -> Vec<(RamRecord, Vec<u8>)> {
     (first..pages)
-        .map(|page| plain(block, page * PAGE_BYTES, &[page as u8 + 1; PAGE]))
+        .map(|page| {
+            plain(
+                block,
+                page * PAGE_BYTES,
+                &[(page as u8).wrapping_add(1); PAGE],
+            )
+        })
         .collect()
 }
 
@@ -639,6 +645,78 @@ fn a_page_that_came_and_was_given_back_is_zero() {
         assert_eq!(touch(&ram, 0, offset), 0);
     }
     assert_eq!(incoming.next_request(Instant::now()), None);
+}
+
+/// Memory of every kind that a VMM may have, with a guest that waits for its last page.
+#[test]
+fn shared_memory_and_huge_pages_arrive() {
+    if !can_postcopy() {
+        return;
+    }
+    let kinds = [
+        ("shared memory", Sharing::Shared, PAGE_BYTES),
+        ("huge pages", Sharing::Private, 2 << 20),
+        ("shared huge pages", Sharing::Shared, 2 << 20),
+    ];
+    for (what, sharing, page_bytes) in kinds {
+        let bytes = 2 * page_bytes;
+        let layout = BlockLayout {
+            sharing,
+            page_bytes,
+            ..layout("m0", bytes / PAGE_BYTES)
+        };
+        let ram = match AnonymousRam::with_layouts(vec![layout]) {
+            Ok(ram) => Arc::new(ram),
+            Err(error) => {
+                println!("left out, {what}: {error}");
+                continue;
+            }
+        };
+        let block = &ram.blocks()[0];
+        block.write(0, &[9; PAGE]).unwrap();
+        let options = RamDestinationOptions {
+            postcopy: true,
+            ..RamDestinationOptions::default()
+        };
+        let mut handler = RamDestination::new(ram.clone(), options).unwrap();
+        let incoming = handler.incoming();
+        incoming.advise().unwrap();
+        let list = list_of(vec![RamRecord::Block {
+            name: name("m0"),
+            used_bytes: bytes,
+            page_bytes: (page_bytes > PAGE_BYTES).then_some(page_bytes),
+            guest_address: None,
+            mapped: None,
+        }]);
+        feed(&mut handler, &list).unwrap();
+        let pages = rest("m0", 0, bytes / PAGE_BYTES);
+        let (first, last) = pages.split_at((page_bytes / PAGE_BYTES) as usize);
+        feed(&mut handler, first).unwrap();
+        incoming.discard(&name("m0"), range(0, page_bytes)).unwrap();
+        incoming.listen().unwrap();
+        thread::scope(|scope| {
+            let _give_up = GiveUp(&incoming);
+            let at = bytes - PAGE_BYTES;
+            let reader = scope.spawn(move || {
+                let mut seen = vec![0; PAGE];
+                block.read(at, &mut seen).unwrap();
+                seen
+            });
+            let asked = incoming.next_request(far()).unwrap();
+            assert_eq!(
+                (asked.start, u64::from(asked.bytes)),
+                (page_bytes, page_bytes)
+            );
+            feed(&mut handler, last).unwrap();
+            assert!(reader.join().unwrap() == last[last.len() - 1].1, "{what}");
+        });
+        feed(&mut handler, first).unwrap();
+        incoming.finish().unwrap();
+        let mut seen = vec![0; page_bytes as usize];
+        block.read(0, &mut seen).unwrap();
+        let expected: Vec<_> = first.iter().flat_map(|(_, bytes)| bytes).copied().collect();
+        assert!(seen == expected, "{what}");
+    }
 }
 
 #[test]
