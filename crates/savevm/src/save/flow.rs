@@ -9,7 +9,7 @@ use vmferry_vmstate::DescriptionWriter;
 use super::{Describe, DirtyTotal, Opening, SaveError, TotalPending};
 use crate::handler::{HandlerError, Pending, Progress, SaveHandler, Sink};
 use crate::machine;
-use crate::registry::{Entry, Registry};
+use crate::registry::{Entry, LiveSaver, Registry};
 
 /// Text of [`Describe::Empty`].
 const EMPTY_DESCRIPTION: &str = "{}";
@@ -25,6 +25,8 @@ pub(super) struct Flow {
     switchover_start: bool,
     /// POSTCOPY_ADVISE was sent; true if it was about RAM.
     advised: Option<bool>,
+    /// Who is the first of the next round, if it is not the first of all.
+    turn: Option<SectionId>,
 }
 
 #[derive(Debug)]
@@ -55,6 +57,7 @@ impl Flow {
             description,
             switchover_start: opening.switchover_start,
             advised: None,
+            turn: None,
         }
     }
 
@@ -99,28 +102,44 @@ impl Flow {
         Ok(())
     }
 
-    /// One PART of each section whose handler `takes_part`, up to the first that is not finished.
+    /// One PART of each section whose handler `takes_part`. Those behind one that is in its bulk phase
+    /// wait until that is over. Then they take turns: who found no allowance left is first the next
+    /// time, for a guest can dirty one section as fast as all of it is sent.
     pub(super) fn iterate(
         &mut self,
         registry: &mut Registry<'_>,
         sink: &mut dyn Sink,
         takes_part: impl Fn(&mut dyn SaveHandler) -> bool,
     ) -> Result<Progress, SaveError> {
-        for entry in registry.entries_mut() {
-            if !entry.saver().is_some_and(|saver| takes_part(&mut **saver)) {
-                continue;
-            }
+        let mut entries: Vec<_> = registry
+            .entries_mut()
+            .filter_map(|entry| {
+                let takes_part = takes_part(&mut **entry.saver()?);
+                takes_part.then_some(entry)
+            })
+            .collect();
+        let first = self.turn.take();
+        let first = entries.iter().position(|it| Some(it.section_id()) == first);
+        entries.rotate_left(first.unwrap_or(0));
+        let mut round = Progress::Finished;
+        for entry in entries {
             if sink.allowance() == 0 {
+                self.turn = Some(entry.section_id());
                 return Ok(Progress::Unfinished);
             }
             let part = SectionKind::Part;
             let progress = self.live(entry, part, sink, |saver, sink| saver.iterate(sink))?;
-            match progress {
-                None | Some(Progress::Finished) => {}
-                Some(progress) => return Ok(progress),
+            if let Some(unfinished @ (Progress::Unfinished | Progress::Waiting)) = progress {
+                let is_bulk =
+                    |saver: &mut LiveSaver<'_>| matches!(saver.pending(), Pending::Bulk { .. });
+                if entry.saver().is_some_and(is_bulk) {
+                    self.turn = Some(entry.section_id());
+                    return Ok(unfinished);
+                }
+                round = unfinished;
             }
         }
-        Ok(Progress::Finished)
+        Ok(round)
     }
 
     /// Sum of what is left; that of handlers that `goes_on` may come later.

@@ -225,8 +225,9 @@ pub fn cleanup(registry: &mut Registry<'_>) {
 }
 
 impl Iterating {
-    /// Write one PART of each section in turn, up to the first that is not finished: what changes
-    /// fast is not sent again and again while another is still in its bulk phase.
+    /// Write one PART of each section in turn, up to the first that is in its bulk phase and not
+    /// finished: what changes fast is not sent again and again meanwhile. Where the rate limit leaves
+    /// nothing for a section, the next round begins with it.
     ///
     /// # Errors
     /// A section's owner or the channel failed.

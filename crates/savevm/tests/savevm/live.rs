@@ -101,15 +101,22 @@ fn a_whole_save() {
 
 /// What changes fast is not sent again and again while another is in its bulk phase.
 #[test]
-fn a_round_ends_after_the_first_that_is_not_finished() {
+fn a_round_ends_after_the_first_that_is_in_its_bulk_phase() {
     let log = Log::default();
-    for (first, asked) in [
-        (Progress::Unfinished, &["a iterate"][..]),
-        (Progress::Waiting, &["a iterate"]),
-        (Progress::Finished, &["a iterate", "b iterate"]),
+    let bulk = Pending::Bulk { bytes: 1 };
+    let dirty = Pending::Dirty {
+        bytes: 1,
+        later_bytes: 0,
+        read_time: Duration::ZERO,
+    };
+    for (first, pending, asked) in [
+        (Progress::Unfinished, bulk, &["a iterate"][..]),
+        (Progress::Waiting, bulk, &["a iterate"]),
+        (Progress::Unfinished, dirty, &["a iterate", "b iterate"]),
+        (Progress::Finished, dirty, &["a iterate", "b iterate"]),
     ] {
         let mut a = scripted("a", &log);
-        a.progress = first;
+        (a.progress, a.pending) = (first, pending);
         let mut registry = registry(vec![a, scripted("b", &log)]);
         let mut sink = Bytes::default();
         let mut iterating = begin(&Opening::default(), &mut registry, &mut sink).expect("begun");
@@ -120,6 +127,30 @@ fn a_round_ends_after_the_first_that_is_not_finished() {
         assert_eq!(progress, first);
         assert_eq!(taken(&log), asked);
     }
+}
+
+/// A guest dirties `a` as fast as the limit lets it go: `b` gets its share.
+#[test]
+fn who_found_no_allowance_is_first_in_the_next_round() {
+    let log = Log::default();
+    let mut a = scripted("a", &log);
+    a.progress = Progress::Unfinished;
+    let mut registry = registry(vec![a, scripted("b", &log)]);
+    let mut sink = Bytes::default();
+    let mut iterating = begin(&Opening::default(), &mut registry, &mut sink).expect("begun");
+    let mut rounds = Vec::new();
+    for _ in 0..4 {
+        sink.slice = Some(sink.bytes.len());
+        taken(&log);
+        let progress = iterating.iterate(&mut registry, &mut sink);
+        assert_eq!(progress.expect("iterated"), Progress::Unfinished);
+        rounds.extend(
+            taken(&log)
+                .into_iter()
+                .filter(|call| call.ends_with("iterate")),
+        );
+    }
+    assert_eq!(rounds, ["a iterate", "b iterate", "a iterate", "b iterate"]);
 }
 
 #[test]

@@ -127,6 +127,8 @@ pub(crate) struct Bytes {
     pub(crate) bytes: Vec<u8>,
     pub(crate) puts_left: Option<usize>,
     pub(crate) exhausted: bool,
+    /// Where in `bytes` a time slice began that allows one section.
+    pub(crate) slice: Option<usize>,
 }
 
 impl Sink for Bytes {
@@ -142,7 +144,8 @@ impl Sink for Bytes {
         Ok(())
     }
     fn allowance(&self) -> u64 {
-        u64::from(!self.exhausted)
+        let is_spent = self.slice.is_some_and(|start| self.bytes.len() > start);
+        u64::from(!self.exhausted && !is_spent)
     }
     fn check(&self) -> Result<(), HandlerError> {
         Ok(())
