@@ -400,6 +400,10 @@ impl Engine {
             watch.iterated(&moving.leases, taken, begun.elapsed());
             watch.pong(self.heard.last_pong);
             self.publish_figures(figures, sink.taken_bytes());
+            if let Some(ram) = &moving.sections.ram {
+                // From there on it matters how much is left exactly.
+                ram.set_exact_below(bytes_in(self.parameters.downtime_limit, watch.bandwidth()));
+            }
             self.rest(progress, sink)?;
         }
     }
@@ -703,6 +707,12 @@ impl Heard {
 const BARRIER: u32 = u32::MAX;
 /// The PING behind the devices of a postcopy.
 pub(crate) const PACKAGE_LOADED: u32 = u32::MAX - 1;
+
+/// What goes over the channel in that time.
+fn bytes_in(time: Duration, bytes_per_second: u64) -> u64 {
+    let bytes = time.as_millis() * u128::from(bytes_per_second) / 1000;
+    u64::try_from(bytes).unwrap_or(u64::MAX)
+}
 
 /// Nobody answers: the end of the writing is all there is.
 fn end_one_way(mut writer: Writer) -> Result<(), ChannelError> {

@@ -296,10 +296,12 @@ impl Userfault {
                 .map(drop)
                 .map_err(|error| (error, argument.copy))
         });
-        placed.map_err(failed(format!(
-            "place a page of RAM block '{}' at {offset:#x}",
-            block.idstr()
-        )))
+        placed.map_err(|error| {
+            let idstr = block.idstr();
+            failed(format!(
+                "place a page of RAM block '{idstr}' at {offset:#x}"
+            ))(error)
+        })
     }
 
     /// Place a host page of zeroes, as [`Userfault::place`].
@@ -327,10 +329,12 @@ impl Userfault {
                 .map(drop)
                 .map_err(|error| (error, argument.zeropage))
         });
-        placed.map_err(failed(format!(
-            "place a zero page of RAM block '{}' at {offset:#x}",
-            block.idstr()
-        )))
+        placed.map_err(|error| {
+            let idstr = block.idstr();
+            failed(format!(
+                "place a zero page of RAM block '{idstr}' at {offset:#x}"
+            ))(error)
+        })
     }
 
     /// Call `place` with how many bytes are in place, until all are. It gives an error with the bytes

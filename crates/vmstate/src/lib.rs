@@ -155,6 +155,9 @@
 //! on the device, when the section's footer was right and the clone is in place; for each struct and
 //! subsection in it, sent or not. If it fails, so does the migration, but the state stays.
 //!
+//! A subsection that was not sent leaves its fields as they were; a device that is not new when it is
+//! loaded sets them in `pre_load`.
+//!
 //! Skipped fields are part of the clone: they come from the moment when the body was decoded, with
 //! what the hooks made of them. What other threads change until the commit stays only if it is behind
 //! an `Arc`, or if the device is [`Apart`].

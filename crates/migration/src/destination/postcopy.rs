@@ -285,23 +285,20 @@ impl<'a> Listener<'a> {
                 status.state = State::PostcopyPaused;
                 status.error = Some(reason.to_owned());
             });
-            let channel = self.reconnections.next()?;
-            let peer = channel.peer().to_owned();
+            let channel = self.reconnections.next(|channel| {
+                self.published.update(|status| {
+                    status.state = State::PostcopyRecover;
+                    channel.peer().clone_into(&mut status.peer);
+                });
+            })?;
             let (Some(reader), Some(writer)) = channel.split() else {
-                tracing::warn!(
-                    peer,
-                    "the channel is one-way: a postcopy cannot go on over it"
-                );
+                tracing::warn!("the channel is one-way: a postcopy cannot go on over it");
                 continue;
             };
             let input = Input::new(reader);
             self.answers.reconnect(writer, input.stop());
             self.machine = self.machine.resumed();
             self.is_recovering = true;
-            self.published.update(|status| {
-                status.state = State::PostcopyRecover;
-                status.peer = peer;
-            });
             return Some(input);
         }
     }

@@ -18,6 +18,7 @@ struct Inner {
 struct Place {
     channel: Option<Channel>,
     awaited: bool,
+    is_being_told: bool,
     closed: bool,
 }
 
@@ -27,17 +28,23 @@ struct Place {
 pub struct NotPaused;
 
 impl Reconnections {
-    /// Go on over this channel.
+    /// Go on over this channel. When it returns the migration is not paused any more.
     ///
     /// # Errors
     /// Nobody waits for one.
     pub fn offer(&self, channel: Channel) -> Result<(), NotPaused> {
         let mut place = self.lock();
-        if !place.awaited || place.channel.is_some() {
+        if !place.awaited || place.closed {
             return Err(NotPaused);
         }
+        place.awaited = false;
         place.channel = Some(channel);
         self.0.changed.notify_all();
+        // Whoever takes it does no more than tell that, and looks here again.
+        let taken = self.0.changed.wait_while(place, |place| {
+            place.channel.is_some() || place.is_being_told
+        });
+        drop(taken.unwrap_or_else(PoisonError::into_inner));
         Ok(())
     }
 
@@ -54,17 +61,22 @@ impl Reconnections {
         self.lock().awaited = true;
     }
 
-    /// The one that was asked for; `None` when there will be none.
-    pub(super) fn next(&self) -> Option<Channel> {
-        let mut place = self
-            .0
-            .changed
-            .wait_while(self.lock(), |place| {
-                place.channel.is_none() && !place.closed
-            })
-            .unwrap_or_else(PoisonError::into_inner);
+    /// The one that was asked for, after `tell` was called with it; `None` when there will be none.
+    pub(super) fn next(&self, tell: impl FnOnce(&Channel)) -> Option<Channel> {
+        let changed = &self.0.changed;
+        let is_awaited = |place: &mut Place| place.channel.is_none() && !place.closed;
+        let place = changed.wait_while(self.lock(), is_awaited);
+        let mut place = place.unwrap_or_else(PoisonError::into_inner);
+        let channel = place.channel.take();
         place.awaited = false;
-        place.channel.take().filter(|_| !place.closed)
+        place.is_being_told = true;
+        drop(place);
+        if let Some(channel) = &channel {
+            tell(channel);
+        }
+        self.lock().is_being_told = false;
+        changed.notify_all();
+        channel
     }
 
     fn lock(&self) -> MutexGuard<'_, Place> {

@@ -392,7 +392,7 @@ impl Pair {
         let (there, _) = channel(ends.1, Direction::Incoming);
         let offered = self.reconnections.offer(there);
         offered.expect("it waits");
-        self.wait_there(|status| !paused(status));
+        assert!(!paused(&self.published.get()));
         let (here, stop) = channel(ends.0, Direction::Outgoing);
         let resumed = self.source.resume(Target::Channel(here), stop);
         resumed.expect("it is paused");
