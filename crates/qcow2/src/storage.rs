@@ -96,8 +96,9 @@ impl FileStorage {
             .open(path)
             .map_err(failed)?;
         let is_device = check(&file.metadata().map_err(failed)?)?;
+        // Not only to read: tables that somebody changes make no image.
         let access = if read_only {
-            Access::Read
+            Access::Freeze
         } else {
             Access::Write
         };
@@ -240,5 +241,24 @@ impl Storage for FileStorage {
 
     fn flush(&self) -> io::Result<()> {
         self.file.sync_data()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_somebody_writes_cannot_be_read() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("disk.qcow2");
+        let writer = FileStorage::create(&path, true).expect("created");
+        let error = FileStorage::open(&path, true, true).expect_err("it is in use");
+        assert!(matches!(error, OpenError::Lock(_)), "{error}");
+        drop(writer);
+        let readers = [(); 2].map(|()| FileStorage::open(&path, true, true));
+        assert!(readers.iter().all(Result::is_ok));
+        let error = FileStorage::open(&path, false, true).expect_err("it is read");
+        assert!(matches!(error, OpenError::Lock(_)), "{error}");
     }
 }
