@@ -156,6 +156,7 @@ impl Figures {
             passes: load(&stats.passes),
             throttle_percent: stats.throttle_percent.load(Ordering::Relaxed),
             postcopy_requests: load(&stats.postcopy_requests),
+            fault_latency: None,
         })
     }
 

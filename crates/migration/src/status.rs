@@ -133,6 +133,8 @@ pub struct RamStatus {
     pub throttle_percent: u8,
     /// Pages that the destination asked for.
     pub postcopy_requests: u64,
+    /// At a destination, how long the guest waited for a page: in the median, and 99 of 100 times.
+    pub fault_latency: Option<[Duration; 2]>,
 }
 
 type Observer = Box<dyn Fn(&Status) + Send + Sync>;

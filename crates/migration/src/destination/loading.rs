@@ -429,12 +429,15 @@ pub(super) fn publish_ram(status: &mut Status, ram: &IncomingRam) {
     let stats = ram.stats();
     let load = |number: &AtomicU64| number.load(Ordering::Relaxed);
     let (zero_pages, xbzrle_pages) = (load(&stats.zero_pages), load(&stats.xbzrle_pages));
+    let median = stats.fault_latency.percentile(50);
+    let most = stats.fault_latency.percentile(99);
     let others = zero_pages + xbzrle_pages + load(&stats.compressed_pages);
     status.ram = Some(RamStatus {
         normal_pages: load(&stats.pages).saturating_sub(others),
         zero_pages,
         xbzrle_pages,
         postcopy_requests: load(&stats.faults),
+        fault_latency: median.zip(most).map(<[Duration; 2]>::from),
         ..status.ram.unwrap_or_default()
     });
 }
