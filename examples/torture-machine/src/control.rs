@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
 use crate::gate::lock;
@@ -70,6 +70,9 @@ fn converse(stream: UnixStream, vm: &Arc<Vm>) -> Result<()> {
     let mut negotiating = true;
     let mut line = String::new();
     while (&mut lines).take(COMMAND_BYTES_MAX).read_line(&mut line)? != 0 {
+        if !line.ends_with('\n') {
+            bail!("a command has no end within {COMMAND_BYTES_MAX} bytes");
+        }
         let request: Value = serde_json::from_str(&line).context("this is no JSON")?;
         line.clear();
         let command = request["execute"].as_str().unwrap_or_default();

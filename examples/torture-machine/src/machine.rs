@@ -4,7 +4,7 @@ use std::fs::File;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use vmferry_disk::{BlockDevice, Hold, Node};
 use vmferry_ram::PAGE_BYTES;
 use vmferry_relay::announce::{Announcement, Announcements, Occasion};
@@ -26,6 +26,8 @@ const CPU_PAGES_MIN: u64 = 64;
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Layout {
     pub(crate) memory_bytes: u64,
+    /// What memory begins with; a guest that does anything expects zeroes.
+    pub(crate) contents: Option<PathBuf>,
     pub(crate) tables_bytes: u64,
     pub(crate) cpus: u32,
     /// Steps of a vCPU in a second.
@@ -68,6 +70,14 @@ impl Machine {
     /// It stands still.
     pub(crate) fn new(layout: &Layout) -> Result<Self> {
         let memory = Memory::new(layout.memory_bytes, layout.tables_bytes)?;
+        if let Some(path) = &layout.contents {
+            if layout.cpus > 0 || !layout.disks.is_empty() {
+                bail!("contents of memory are for a machine without vCPUs and disks");
+            }
+            let loaded = File::open(path).map_err(Into::into);
+            let loaded = loaded.and_then(|file| memory.load(file));
+            loaded.with_context(|| format!("contents of memory {}", path.display()))?;
+        }
         let queue_pages = layout.disks.len() as u64 * QUEUE_PAGES;
         let cpu_pages = (layout.memory_bytes / PAGE_BYTES).saturating_sub(queue_pages);
         let cpu_pages = cpu_pages / u64::from(layout.cpus.max(1));

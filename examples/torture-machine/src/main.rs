@@ -56,6 +56,9 @@ struct Flags {
     /// Memory, with K, M or G
     #[arg(long, value_name = "BYTES", default_value = "64M", value_parser = bytes)]
     memory: u64,
+    /// What memory holds at the beginning, for measurements: a guest with vCPUs or disks expects zeroes
+    #[arg(long, value_name = "FILE")]
+    contents: Option<PathBuf>,
     /// Firmware tables, whose length may differ between source and destination
     #[arg(long, value_name = "BYTES", default_value = "64K", value_parser = bytes)]
     tables: u64,
@@ -110,6 +113,7 @@ fn main() -> Result<()> {
         .init();
     let machine = Machine::new(&Layout {
         memory_bytes: flags.memory,
+        contents: flags.contents,
         tables_bytes: flags.tables,
         cpus: flags.cpus,
         speed: flags.speed,

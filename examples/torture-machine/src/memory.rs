@@ -1,5 +1,6 @@
 //! The guest's memory, and what the guest expects to find in it.
 
+use std::io::Read;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -12,6 +13,8 @@ use crate::gate::Broken;
 pub(crate) const PAGE: usize = PAGE_BYTES as usize;
 const ROM_BYTES: u64 = 128 << 10;
 const TABLES_BYTES_MAX: u64 = 2 << 20;
+/// Loaded at once.
+const LOAD_BYTES: usize = 1 << 20;
 /// Multiplier of FNV-1a.
 const DIGEST_PRIME: u64 = 0x100_0000_01b3;
 
@@ -45,11 +48,30 @@ impl Memory {
             layout("/rom@etc/acpi/tables", tables_bytes, TABLES_BYTES_MAX, None)?,
             layout("pc.rom", ROM_BYTES, ROM_BYTES, Some(0xfffe_0000))?,
         ])?));
+        // Fresh memory comes faster in large pieces. A postcopy forbids them for as long as it must.
+        memory
+            .0
+            .blocks()
+            .iter()
+            .for_each(RamBlock::allow_huge_pages);
         for block in [Block::Tables, Block::Rom] {
             let area = Area::firmware(block);
             (0..area.pages(&memory)).for_each(|page| area.write(&memory, page, 0));
         }
         Ok(memory)
+    }
+
+    /// Let memory begin with what can be read there.
+    pub(crate) fn load(&self, mut from: impl Read) -> Result<()> {
+        let (mut piece, mut offset) = (vec![0; LOAD_BYTES], 0);
+        loop {
+            let length = from.read(&mut piece)?;
+            if length == 0 {
+                return Ok(());
+            }
+            self.block(Block::Ram).write(offset, &piece[..length])?;
+            offset += length as u64;
+        }
     }
 
     pub(crate) fn ram(&self) -> Arc<dyn GuestRam> {

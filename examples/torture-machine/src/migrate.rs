@@ -374,7 +374,13 @@ impl Vm {
         if let Some(downtime) = status.downtime {
             shown["downtime"] = json!(downtime.as_millis() as u64);
         }
+        if let Some(total) = status.total_time {
+            shown["total-time"] = json!(total.as_millis() as u64);
+        }
         if let Some(ram) = status.ram {
+            if ram.throttle_percent > 0 {
+                shown["cpu-throttle-percentage"] = json!(ram.throttle_percent);
+            }
             shown["ram"] = json!({
                 "total": ram.total_bytes,
                 "remaining": ram.remaining_bytes,
@@ -383,6 +389,10 @@ impl Vm {
                 "dirty-sync-count": ram.passes,
                 "postcopy-requests": ram.postcopy_requests,
             });
+            if let Some([median, most]) = ram.fault_latency {
+                let (median, most) = (median.as_micros() as u64, most.as_micros() as u64);
+                shown["x-fault-latency"] = json!({"median-us": median, "99-percent-us": most});
+            }
         }
         shown
     }

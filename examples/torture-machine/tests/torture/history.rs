@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use tempfile::TempDir;
+use vmferry_ram::Userfault;
 
 use crate::host::{Host, PATIENCE};
 use crate::link::{Cut, Link};
@@ -47,6 +48,9 @@ pub(crate) enum End {
 
 /// Guest steps that follow each move.
 const STEPS: u64 = 1500;
+/// Limits in bytes per second; 0 is none. Each is above what the fastest guest dirties: a slower
+/// precopy need not end.
+const BANDWIDTHS: [u64; 3] = [0, 50 << 20, 100 << 20];
 /// A command comes so late after the beginning of a migration, at most.
 const DELAY_MICROS: u64 = 80_000;
 
@@ -59,6 +63,8 @@ pub(crate) struct History {
     disks: Vec<(&'static str, u64)>,
     here: Host,
     side: usize,
+    /// May memory follow a guest that runs?
+    has_postcopy: bool,
     /// Snapshots on the images of each side, and what the machine was then.
     saved: [Vec<(String, Value)>; 2],
     /// Names are used once.
@@ -103,6 +109,7 @@ impl History {
             cpus,
             disks,
             side: 0,
+            has_postcopy: Userfault::open_missing().is_ok(),
             saved: Default::default(),
             names: 1,
             ends: Ends::new(),
@@ -130,7 +137,8 @@ impl History {
             !self.disks.is_empty() && self.disks.iter().all(|(format, _)| *format == "qcow2");
         match self.rng.u32(0..100) {
             0..25 => Move::Precopy,
-            25..60 => Move::Postcopy,
+            25..60 if self.has_postcopy => Move::Postcopy,
+            25..60 => Move::Precopy,
             60..70 => Move::Cancel,
             70..77 => Move::KillSource,
             77..85 => Move::KillDestination,
@@ -175,7 +183,8 @@ impl History {
     }
 
     fn migrate(&mut self, kind: Move) -> End {
-        let postcopy = kind == Move::Postcopy || (kind != Move::Precopy && self.rng.bool());
+        let may = self.has_postcopy && kind != Move::Precopy && self.rng.bool();
+        let postcopy = kind == Move::Postcopy || may;
         let waits = self.rng.bool();
         let (mut there, target) = self.expect(postcopy, waits);
         // What breaks is chosen before, or when the guest is between both sides.
@@ -237,7 +246,7 @@ impl History {
         ];
         self.here.set_capabilities(&capabilities);
         there.set_capabilities(&capabilities);
-        let bandwidth = [0, 20 << 20, 50 << 20][self.rng.usize(0..3)];
+        let bandwidth = BANDWIDTHS[self.rng.usize(0..BANDWIDTHS.len())];
         self.here.must(
             "migrate-set-parameters",
             json!({"max-bandwidth": bandwidth}),

@@ -24,15 +24,24 @@ pub(crate) struct Host {
 impl Host {
     /// Its control socket is there when this returns. `name` is its own among all processes of a test.
     pub(crate) fn start(folder: &Path, name: String, arguments: &[String]) -> Self {
+        let program = Command::new(env!("CARGO_BIN_EXE_torture-machine"));
+        Self::start_program(program, folder, name, arguments)
+    }
+
+    pub(crate) fn start_program(
+        mut program: Command,
+        folder: &Path,
+        name: String,
+        arguments: &[String],
+    ) -> Self {
         let socket = folder.join(&name);
         let log = File::create(folder.join(&name).with_extension("log")).expect("a log");
-        let mut process = Command::new(env!("CARGO_BIN_EXE_torture-machine"))
+        program
             .arg("--qmp")
             .arg(&socket)
             .args(arguments)
-            .stderr(log)
-            .spawn()
-            .expect("the machine starts");
+            .stderr(log);
+        let mut process = program.spawn().expect("the machine starts");
         let uri: Uri = format!("unix:{}", socket.display()).parse().expect("a URI");
         let (stop, begun) = (Stop::new().expect("a descriptor"), Instant::now());
         let client = loop {
@@ -74,7 +83,7 @@ impl Host {
     }
 
     /// Wait until a query's answer is as wanted.
-    pub(crate) fn wait(&mut self, query: &str, wanted: impl Fn(&Value) -> bool) -> Value {
+    pub(crate) fn wait(&mut self, query: &str, mut wanted: impl FnMut(&Value) -> bool) -> Value {
         let begun = Instant::now();
         loop {
             let answer = self.must(query, json!({}));

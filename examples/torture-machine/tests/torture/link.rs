@@ -52,6 +52,11 @@ impl Link {
         link
     }
 
+    /// Bytes of answers that went through, if it was never to break.
+    pub(crate) fn answered(&self) -> u64 {
+        u64::MAX - self.back.load(Ordering::SeqCst)
+    }
+
     pub(crate) fn uri(&self) -> String {
         format!("unix:{}", self.path.display())
     }

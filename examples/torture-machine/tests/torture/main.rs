@@ -6,8 +6,10 @@
 mod history;
 mod host;
 mod link;
+mod operator;
 
 use history::{Ends, History};
+use vmferry_ram::Userfault;
 
 /// Moves of all histories together.
 const MOVES: u64 = 100;
@@ -24,6 +26,9 @@ fn a_guest_survives_everything() {
     if let Some(seed) = number("VMFERRY_RUN") {
         println!("{:#?}", History::new(seed).run(MOVES_PER_HISTORY));
         return;
+    }
+    if let Err(error) = Userfault::open_missing() {
+        println!("left out, all postcopies: {error}");
     }
     let seed: u64 = number("VMFERRY_SEED").unwrap_or_else(|| fastrand::u64(..));
     println!("VMFERRY_SEED={seed}");
