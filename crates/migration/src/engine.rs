@@ -387,7 +387,10 @@ impl Engine {
                         Ready::Go(completing) => return Ok(Converged::Precopy(completing)),
                         Ready::NotYet(same, _) => same,
                     },
-                    true => match iterating.try_postcopy(registry, fits)? {
+                    // It was asked for, and waiting would not make it shorter.
+                    true => match iterating
+                        .try_postcopy(registry, |dirty| dirty.bytes == 0 || fits(dirty))?
+                    {
                         Ready::Go(switching) => return Ok(Converged::Postcopy(switching)),
                         Ready::NotYet(same, _) => same,
                     },

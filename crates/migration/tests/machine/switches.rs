@@ -1,8 +1,9 @@
 //! Precopy, postcopy, and what keeps a guest at home.
 
 use std::os::unix::net::UnixStream;
+use std::time::Duration;
 
-use vmferry_migration::{RequestError, State};
+use vmferry_migration::{Parameters, RequestError, State};
 
 use crate::vm::{Pair, Vm, rng, same_memory};
 
@@ -34,6 +35,24 @@ fn a_guest_runs_before_its_memory_is_there() {
     assert!(status.downtime.is_some(), "{status:?}");
     pair.received().expect("arrived");
     assert!(!from.is_running() && to.is_running());
+    to.goes_on(10_000);
+    to.stop();
+    same_memory(&from, &to);
+}
+
+/// Nothing but memory is left: no downtime limit is too short for that.
+#[test]
+fn a_postcopy_begins_when_it_is_asked_for() {
+    let rng = &mut rng();
+    let (from, to) = (Vm::running(rng), Vm::empty());
+    let mut pair = Pair::begin(&from, &to, true, UnixStream::pair().expect("a pair"));
+    pair.source.set(Parameters {
+        max_bandwidth: Some(4 << 20),
+        downtime_limit: Duration::ZERO,
+    });
+    pair.source.start_postcopy().expect("it can");
+    assert_eq!(pair.wait().state, State::Completed);
+    pair.received().expect("arrived");
     to.goes_on(10_000);
     to.stop();
     same_memory(&from, &to);
