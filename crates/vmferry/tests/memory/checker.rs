@@ -59,10 +59,17 @@ const PROGRAM: [u8; 294] = [
 pub(crate) struct Checker {
     dir: TempDir,
     consoles: Vec<PathBuf>,
+    machine: &'static str,
 }
 
 impl Checker {
+    /// On a machine that both QEMUs know.
     pub(crate) fn new() -> Self {
+        Self::on("pc-i440fx-7.2")
+    }
+
+    /// On a machine of this type.
+    pub(crate) fn on(machine: &'static str) -> Self {
         let dir = tempfile::Builder::new()
             .prefix("vmferry-checker-")
             .tempdir()
@@ -74,6 +81,7 @@ impl Checker {
         Self {
             dir,
             consoles: Vec::new(),
+            machine,
         }
     }
 
@@ -84,6 +92,7 @@ impl Checker {
         let console = path(&format!("console-{}", self.consoles.len()));
         let serial = format!("file:{console}");
         self.consoles.push(console.into());
+        let machine = machine.args(["-M", self.machine]);
         Some(machine.args(["-bios", &path("firmware"), "-serial", &serial]))
     }
 

@@ -10,9 +10,9 @@ use std::time::Duration;
 use serde_json::json;
 use vmferry_channel::{Channel, Direction, Stop};
 use vmferry_migration::{
-    Capabilities, Coverage, Decision, DestinationJob, DestinationMachine, Guest, Parameters,
-    Published, Reconnections, RunningSource, SourceJob, SourceMachine, State, Status, Target,
-    receive_machine,
+    Arrived, Capabilities, Coverage, Decision, DestinationFailure, DestinationJob,
+    DestinationMachine, Guest, Parameters, Published, Reconnections, RunningSource, SourceJob,
+    SourceMachine, State, Status, Target, receive_machine,
 };
 use vmferry_ram::{
     AnonymousRam, GuestRam, RamBlock, RamDestinationOptions, RamSourceOptions, UserfaultLog,
@@ -50,6 +50,7 @@ pub(crate) fn postcopy() -> Option<()> {
 }
 
 /// How a machine goes from here to there.
+#[derive(Debug)]
 pub(crate) struct Way {
     /// Its guest runs there before its memory has come.
     pub(crate) postcopy: bool,
@@ -57,8 +58,10 @@ pub(crate) struct Way {
     pub(crate) cuts: Vec<u64>,
     /// Threads that touch its memory while it comes.
     pub(crate) probes: u64,
-    /// A precopy goes on for so many passes.
+    /// The precopy, that before a postcopy too, goes on for so many passes.
     pub(crate) passes: u64,
+    /// The connections that go on break, each after so many bytes from its beginning.
+    pub(crate) cuts_again: Vec<u64>,
     /// Room for the old versions of pages.
     pub(crate) xbzrle_cache_bytes: Option<u64>,
 }
@@ -70,6 +73,7 @@ impl Way {
             cuts: Vec::new(),
             probes: 0,
             passes: 0,
+            cuts_again: Vec::new(),
             xbzrle_cache_bytes: None,
         }
     }
@@ -95,6 +99,7 @@ pub(crate) struct Went {
 /// A machine that has come.
 pub(crate) struct Halfway {
     machine: Name,
+    switchover_start: bool,
     pub(crate) ram: Arc<AnonymousRam>,
     devices: Vec<RawDevice>,
     vcpus: Arc<Vcpus>,
@@ -135,6 +140,7 @@ impl Halfway {
     fn new(layout: &Layout) -> Self {
         Self {
             machine: layout.machine.clone(),
+            switchover_start: layout.switchover_start,
             ram: Arc::new(layout.memory()),
             devices: layout.devices(),
             vcpus: Arc::default(),
@@ -180,7 +186,8 @@ impl Halfway {
         *self.vcpus.writer.lock().expect("no panic") = Some(Writer { running, thread });
     }
 
-    /// Take a machine of this layout out of a QEMU.
+    /// Take a machine of this layout out of a QEMU. If its connection breaks while it writes the end of its memory, a
+    /// QEMU takes the migration for failed, and nobody can go on with it: it is left interrupted.
     pub(crate) fn take(qemu: &mut Qemu, layout: &Layout, way: &Way) -> (Self, Went) {
         let here = Self::new(layout);
         let path = qemu.path("outgoing");
@@ -188,10 +195,10 @@ impl Halfway {
         let uri = format!("unix:{}", path.display());
         let downtime = u64::try_from(DOWNTIME.as_millis()).expect("short");
         qemu.limits(match (way.postcopy, way.passes) {
-            (true, _) => (SLOW, 1),
+            (true, 0) => (SLOW, 1),
             (false, 0) => (FAST, downtime),
             // With 0, QEMU 10.0 completes after the first pass without looking for what was written since.
-            (false, _) => (BUSY, 1),
+            _ => (BUSY, 1),
         });
         capabilities(qemu, &[("postcopy-ram", way.postcopy)]);
         qemu.qmp.execute("migrate", &json!({"uri": uri}));
@@ -201,19 +208,16 @@ impl Halfway {
         let (reconnections, published) = (Reconnections::default(), line.published());
         let probes = Probes::new(&here.ram, &published, way.probes);
         let receiver = here.receive(channel, way.postcopy, &reconnections, &published);
-        if way.postcopy {
-            until("the first pages", || {
-                (line.carried() > 64 << 10 || receiver.is_finished()).then_some(())
-            });
-            qemu.qmp.execute("migrate-start-postcopy", &json!({}));
-        } else if way.passes > 0 {
-            until("enough passes", || {
-                let answer = qemu.qmp.execute("query-migrate", &json!({}));
-                assert!(!published.get().state.is_over(), "{answer}");
-                let passes = answer["ram"]["dirty-sync-count"].as_u64()?;
-                (passes > way.passes).then_some(())
-            });
-            qemu.limits((FAST, downtime));
+        until("enough passes", || {
+            let answer = qemu.qmp.execute("query-migrate", &json!({}));
+            let passes = answer["ram"]["dirty-sync-count"].as_u64();
+            let enough = passes > Some(way.passes) && line.carried() > 64 << 10;
+            assert!(enough || !receiver.is_finished(), "{answer}");
+            enough.then_some(())
+        });
+        match way.postcopy {
+            true => drop(qemu.qmp.execute("migrate-start-postcopy", &json!({}))),
+            false => qemu.limits((FAST, downtime)),
         }
         let mut breaks = 0;
         loop {
@@ -223,27 +227,43 @@ impl Halfway {
             }
             breaks += 1;
             println!("break {breaks}: {:?}", status.error);
-            until("the source to be paused", || {
+            let there = until("the source to be paused", || {
                 let answer = qemu.qmp.execute("query-migrate", &json!({}));
                 let status = answer["status"].as_str().expect("it has a status");
-                assert_ne!(status, "failed", "{answer}");
-                (status == "postcopy-paused").then_some(())
+                ["postcopy-paused", "failed"]
+                    .contains(&status)
+                    .then(|| status.to_owned())
             });
+            if there == "failed" {
+                println!(
+                    "the source has failed, and is {}: {}",
+                    qemu.run_state(),
+                    qemu.errors()
+                );
+                reconnections.close();
+                break;
+            }
             let resume = json!({"uri": uri, "resume": true});
             qemu.qmp.execute("migrate", &resume);
             let (link, channel) = accept(&listener);
             line.renew(link);
             reconnections.offer(channel).expect("it waits for one");
-            published.wait_until(PATIENCE, |status| status.state != State::PostcopyPaused);
+            until("the next connection to be taken", || {
+                (line.recoveries() >= breaks).then_some(())
+            });
         }
-        probes.end();
         let arrived = receiver.join().expect("no panic");
+        // If not all has come, nobody waits for it any more.
+        probes.end();
+        assert_eq!(here.vcpus.runs.load(Ordering::SeqCst), 1);
+        let status = published.get();
+        if let Err(DestinationFailure::Interrupted { .. }) = &arrived {
+            return (here, Went { status, breaks });
+        }
         let arrived = arrived.unwrap_or_else(|error| panic!("{error}; {}", qemu.errors()));
         // In a precopy it listens only with the capability `return-path`.
         assert_eq!(arrived.source_told, way.postcopy);
         qemu.migrated();
-        assert_eq!(here.vcpus.runs.load(Ordering::SeqCst), 1);
-        let status = published.get();
         (here, Went { status, breaks })
     }
 
@@ -253,7 +273,7 @@ impl Halfway {
         postcopy: bool,
         reconnections: &Reconnections,
         published: &Published,
-    ) -> JoinHandle<Result<vmferry_migration::Arrived, vmferry_migration::DestinationFailure>> {
+    ) -> JoinHandle<Result<Arrived, DestinationFailure>> {
         let devices = self.devices.iter().map(RawDevice::registration).collect();
         let machine = DestinationMachine {
             machine: Machine::named(self.machine.clone()),
@@ -290,9 +310,9 @@ impl Halfway {
             disks: Vec::new(),
             target: Target::Channel(channel),
             parameters: match (way.postcopy, way.passes) {
-                (true, _) => parameters(DOWNTIME, Some(SLOW)),
+                (true, 0) => parameters(DOWNTIME, Some(SLOW)),
                 (false, 0) => parameters(DOWNTIME, None),
-                (false, _) => parameters(Duration::ZERO, Some(BUSY)),
+                _ => parameters(Duration::ZERO, Some(BUSY)),
             },
             capabilities: Capabilities::default(),
             stop,
@@ -300,18 +320,15 @@ impl Halfway {
         let machine = self.source(way);
         let mut source =
             RunningSource::start_machine(job, machine, line.published()).expect("it can be sent");
-        if way.postcopy {
-            until("the first pages", || {
-                let is_over = source.published().get().state.is_over();
-                (line.carried() > 64 << 10 || is_over).then_some(())
-            });
-            source.start_postcopy().expect("it can");
-        } else if way.passes > 0 {
-            let enough = |status: &Status| {
-                status.state.is_over() || status.ram.is_some_and(|ram| ram.passes > way.passes)
-            };
-            source.published().wait_until(PATIENCE, enough);
-            source.set(parameters(DOWNTIME, None));
+        until("enough passes", || {
+            let status = source.published().get();
+            let passes = status.ram.map(|ram| ram.passes);
+            let enough = passes > Some(way.passes) && line.carried() > 64 << 10;
+            (enough || status.state.is_over()).then_some(())
+        });
+        match way.postcopy {
+            true => source.start_postcopy().expect("it can"),
+            false => source.set(parameters(DOWNTIME, None)),
         }
         let mut breaks = 0;
         let status = loop {
@@ -340,7 +357,7 @@ impl Halfway {
                 assert_eq!(self.vcpus.runs.load(Ordering::SeqCst), before);
             }
             _ => {
-                println!("it stays here: {status:?}; {}", qemu.errors());
+                println!("it stays here: {:?}; {}", status.error, qemu.errors());
                 assert!(breaks > 0);
                 assert_eq!(self.vcpus.runs.load(Ordering::SeqCst), before + 1);
             }
@@ -381,7 +398,7 @@ impl Halfway {
             devices: self.devices.iter().map(RawDevice::registration).collect(),
             guest: Box::new(Handle(Arc::clone(&self.vcpus))),
             describe: Describe::As(Dialect::Qemu7),
-            switchover_start: false,
+            switchover_start: self.switchover_start,
         }
     }
 }
@@ -464,7 +481,11 @@ struct Line(Arc<Mutex<Cuts>>);
 
 struct Cuts {
     link: Link,
+    /// See [`Way`].
     left: Vec<u64>,
+    again: Vec<u64>,
+    /// How often another connection was taken.
+    recoveries: usize,
 }
 
 impl Line {
@@ -474,7 +495,12 @@ impl Line {
             // Else all would be there before the guest runs.
             link.slow_down();
         }
-        Self(Arc::new(Mutex::new(Cuts { link, left })))
+        Self(Arc::new(Mutex::new(Cuts {
+            link,
+            left,
+            again: way.cuts_again.clone(),
+            recoveries: 0,
+        })))
     }
 
     fn carried(&self) -> u64 {
@@ -482,7 +508,18 @@ impl Line {
     }
 
     fn renew(&self, link: Link) {
-        self.0.lock().expect("no panic").link = link;
+        let mut cuts = self.0.lock().expect("no panic");
+        if let Some(bytes) = cuts.again.pop() {
+            link.cut_after(bytes);
+        }
+        if !cuts.left.is_empty() {
+            link.slow_down();
+        }
+        cuts.link = link;
+    }
+
+    fn recoveries(&self) -> usize {
+        self.0.lock().expect("no panic").recoveries
     }
 
     /// Whenever the guest has been switched over, or its memory goes on coming, the connection gets its end.
@@ -491,8 +528,13 @@ impl Line {
         Published::new(move |status| {
             let mut last = last.lock().expect("no panic");
             let before = std::mem::replace(&mut *last, status.state);
-            if status.state == State::PostcopyActive && before != status.state {
-                let mut cuts = line.0.lock().expect("no panic");
+            if before == status.state {
+                return;
+            }
+            let mut cuts = line.0.lock().expect("no panic");
+            if status.state == State::PostcopyRecover {
+                cuts.recoveries += 1;
+            } else if status.state == State::PostcopyActive {
                 if let Some(bytes) = cuts.left.pop() {
                     cuts.link.cut_after(bytes);
                 }

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use serde_json::json;
 use vmferry_inspect::{Event, VisitError, Visitor, walk};
 use vmferry_ram::{AnonymousRam, BlockLayout, PAGE_BYTES, Sharing};
-use vmferry_savevm::{Name, Record, Registration};
+use vmferry_savevm::{Command, Name, Record, Registration};
 use vmferry_stream::{RamRecord, Section};
 use vmferry_vmstate::{Decoded, Description, Device, DeviceError, SavedBody};
 
@@ -19,6 +19,8 @@ const GROWS_TO_BYTES: u64 = 2 << 20;
 #[derive(Default)]
 pub(crate) struct Layout {
     pub(crate) machine: Name,
+    /// Its sender says when the guest has stopped.
+    pub(crate) switchover_start: bool,
     blocks: Vec<(Name, u64)>,
     devices: Vec<Section>,
 }
@@ -91,6 +93,9 @@ impl Visitor for Layout {
                     name, used_bytes, ..
                 }),
             ) => self.blocks.push((name.clone(), *used_bytes)),
+            Event::Record(_, Record::Command(Command::SwitchoverStart)) => {
+                self.switchover_start = true;
+            }
             Event::Device(body) => self.devices.push(body.section.clone()),
             _ => {}
         }

@@ -6,6 +6,7 @@
 mod peers;
 
 mod checker;
+mod contents;
 mod halfway;
 mod journey;
 mod layout;

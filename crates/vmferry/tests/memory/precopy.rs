@@ -1,36 +1,13 @@
 //! Precopy from and into real QEMUs.
 
-use std::fs;
-
 use serde_json::json;
 
 use crate::checker::{Checker, UNUSED};
-use crate::halfway::{Fresh, Halfway, Way, capabilities};
+use crate::contents::{assert_same_memory, memory_of};
+use crate::halfway::{self, Fresh, Halfway, Way, capabilities};
 use crate::layout::Layout;
 use crate::need;
-use crate::peers::qemu::{Qemu, Version};
-
-/// Where the guest sees no memory: the screen, and firmware.
-const NO_MEMORY: std::ops::Range<usize> = 0xa_0000..0x10_0000;
-const MEMORY_BYTES: usize = 64 << 20;
-
-/// The memory of a guest that stands still, as its QEMU has it.
-fn memory_of(qemu: &mut Qemu) -> Vec<u8> {
-    let path = qemu.path("memory");
-    let arguments = json!({"val": 0, "size": MEMORY_BYTES, "filename": path});
-    qemu.qmp.execute("pmemsave", &arguments);
-    fs::read(path).expect("it was saved")
-}
-
-fn assert_same_memory(what: &str, left: &[u8], right: &[u8]) {
-    assert_eq!((left.len(), right.len()), (MEMORY_BYTES, MEMORY_BYTES));
-    let pages = left.chunks(4096).zip(right.chunks(4096)).enumerate();
-    let differs = |(page, (left, right)): &(usize, (&[u8], &[u8]))| {
-        !NO_MEMORY.contains(&(page * 4096)) && left != right
-    };
-    let pages: Vec<usize> = pages.filter(differs).map(|(page, _)| page).collect();
-    assert!(pages.is_empty(), "{what}: pages {pages:x?} differ");
-}
+use crate::peers::qemu::Version;
 
 /// A guest that stands still has the same memory in one QEMU, here, and in the other; there it goes on.
 #[test]
@@ -95,7 +72,11 @@ fn memory_of_a_running_guest_comes_from_qemu() {
 #[test]
 fn memory_that_changes_here_comes_into_qemu() {
     for version in [Version::V7_2, Version::V10_0] {
-        for xbzrle_cache_bytes in [None, Some(16 << 20)] {
+        // Changes, and a switch to postcopy when pages that went before have been written again.
+        for (xbzrle, postcopy) in [(false, false), (true, false), (true, true)] {
+            if postcopy {
+                need!(halfway::postcopy());
+            }
             let mut checker = Checker::new();
             let layout = Layout::of(need!(checker.host(version)));
             let mut source = need!(checker.host(version)).start();
@@ -104,21 +85,20 @@ fn memory_that_changes_here_comes_into_qemu() {
             let (here, _) = Halfway::take(&mut source, &layout, &Way::precopy());
             drop(source);
 
-            let mut fresh = Fresh::start(need!(checker.host(version)));
+            // A guest that comes by postcopy is let run, even if it stood still at its source, but not with `-S`.
+            let host = need!(checker.host(version)).args(["-S"]);
+            let mut fresh = Fresh::start(host);
             here.write_to(UNUSED);
             let way = Way {
+                postcopy,
                 passes: 4,
-                xbzrle_cache_bytes,
+                xbzrle_cache_bytes: xbzrle.then_some(16 << 20),
                 ..Way::precopy()
             };
             let went = here.put(&mut fresh, &way);
             let ram = went.status.ram.expect("memory went");
             println!("{version:?}: {ram:?}");
-            assert_eq!(
-                ram.xbzrle_pages > 0,
-                xbzrle_cache_bytes.is_some(),
-                "{ram:?}"
-            );
+            assert_eq!(ram.xbzrle_pages > 0, xbzrle, "{ram:?}");
             let there = memory_of(&mut fresh.qemu);
             assert_same_memory("sent", &here.bytes("pc.ram"), &there);
             fresh.qemu.qmp.execute("cont", &json!({}));
