@@ -247,7 +247,9 @@ impl Halfway {
             qemu.qmp.execute("migrate", &resume);
             let (link, channel) = accept(&listener);
             line.renew(link);
-            reconnections.offer(channel).expect("it waits for one");
+            if let Err(error) = reconnections.offer(channel) {
+                panic!("{error}; {:?}", receiver.join().expect("no panic"));
+            }
             until("the next connection to be taken", || {
                 (line.recoveries() >= breaks).then_some(())
             });
@@ -534,10 +536,10 @@ impl Line {
             let mut cuts = line.0.lock().expect("no panic");
             if status.state == State::PostcopyRecover {
                 cuts.recoveries += 1;
-            } else if status.state == State::PostcopyActive {
-                if let Some(bytes) = cuts.left.pop() {
-                    cuts.link.cut_after(bytes);
-                }
+            } else if status.state == State::PostcopyActive
+                && let Some(bytes) = cuts.left.pop()
+            {
+                cuts.link.cut_after(bytes);
             }
         })
     }
