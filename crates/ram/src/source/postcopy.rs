@@ -9,8 +9,9 @@ use crate::block::{BlockIndex, PAGE_BYTES, RamBlock};
 /// Pages that are taken, and read, at once: a request waits for them.
 const RUN_PAGES: u64 = 16;
 
-/// A PART is ended after this many bytes; also after a request was served.
-const PART_BYTES_MAX: u64 = 1 << 20;
+/// A PART is ended after this many bytes, and after a request was served. As little as is taken at
+/// once: whoever sends it asks in between how much more may be under way.
+const PART_BYTES_MAX: u64 = RUN_PAGES * PAGE_BYTES;
 
 /// Ranges that are told at once.
 const RANGES_MAX: usize = 1 << 10;
@@ -65,7 +66,8 @@ impl RamSource {
 
     /// Is a request being served, this one or one that was begun?
     fn take_request(&mut self) -> bool {
-        if !self.schedule.is_serving()
+        // Those of which everything was sent keep none waiting that comes after them.
+        while !self.schedule.is_serving()
             && let Some(request) = self.shared.next_request()
         {
             self.schedule.serve(request);

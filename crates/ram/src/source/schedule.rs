@@ -127,8 +127,12 @@ impl Schedule {
     }
 
     /// Serve these pages before all others, those of them that were not sent, and go on behind them.
+    /// Nothing is to be served if all of them were.
     pub(crate) fn serve(&mut self, request: Run) {
-        self.request = Some(request);
+        let block = self.blocks.get(request.block.0);
+        let left = block.and_then(|block| block.to_send.next_set(request.pages.start));
+        let is_left = left.is_some_and(|page| page < request.pages.end);
+        self.request = is_left.then_some(request);
     }
 
     /// Is a request being served?

@@ -87,6 +87,20 @@ fn a_request_goes_first_and_the_sweep_goes_on_behind_it() {
 }
 
 #[test]
+fn nothing_is_served_of_what_was_sent() {
+    let mut schedule = Schedule::new(&[small(6)]);
+    schedule.send_once();
+    assert_eq!(schedule.next(3), Some(run(0, 0..3)));
+    schedule.serve(run(0, 1..3));
+    assert!(!schedule.is_serving(), "the next request has its turn");
+    schedule.serve(run(0, 2..4));
+    assert!(schedule.is_serving());
+    assert_eq!(schedule.next(9), Some(run(0, 3..4)));
+    schedule.serve(run(7, 0..1));
+    assert!(!schedule.is_serving());
+}
+
+#[test]
 fn host_pages_go_whole() {
     let huge = BlockPages {
         pages: 20,
