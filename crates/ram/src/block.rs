@@ -289,6 +289,8 @@ impl RamBlock {
     /// # Panics
     /// If `offset` or `bytes` is no multiple of 8.
     pub fn words(&self, offset: u64, bytes: usize) -> Result<&[AtomicU64], OutOfBlock> {
+        #[cfg(test)]
+        crate::testing::accessed(self, offset);
         let used_bytes = self.used_bytes();
         let length = bytes as u64;
         let end = offset.checked_add(length);

@@ -10,6 +10,8 @@ mod block;
 mod destination;
 mod dirty_log;
 mod guest;
+#[cfg(test)]
+mod simulation;
 mod source;
 mod sys;
 #[cfg(test)]

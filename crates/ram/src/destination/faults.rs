@@ -5,7 +5,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
@@ -14,24 +14,39 @@ use rustix::event::{EventfdFlags, eventfd};
 use super::memory::Memory;
 use super::requests::{self, HostPage, Requests};
 use super::stats::{RamDestinationStats, count};
+use crate::block::RamBlock;
 use crate::userfault::{Placed, Userfault, UserfaultError};
+
+/// What the kernel does about missing pages, as [`Userfault`] says it. A trait of its own because no
+/// clock but the real one moves the kernel: a test that has another plays its part.
+pub(crate) trait Kernel: Send + Sync {
+    fn register(&self, block: &RamBlock) -> Result<(), UserfaultError>;
+    fn unregister(&self, block: &RamBlock) -> Result<(), UserfaultError>;
+    fn place(&self, block: &RamBlock, offset: u64, bytes: &[u8]) -> Result<Placed, UserfaultError>;
+    fn place_zero(&self, block: &RamBlock, offset: u64) -> Result<Placed, UserfaultError>;
+    fn wake(&self, block: &RamBlock, offset: u64, bytes: u64) -> Result<(), UserfaultError>;
+}
 
 /// Guest memory whose pages are missing until they are placed.
 ///
 /// Dropping it ends that: whoever waits goes on, and finds zeroes.
 pub(super) struct Faults {
     watched: Arc<Watched>,
-    thread: Mutex<Option<JoinHandle<()>>>,
+    thread: Mutex<Option<Thread>>,
+}
+
+/// The thread, and what ends it.
+struct Thread {
+    handle: JoinHandle<()>,
+    stop: OwnedFd,
 }
 
 /// What the thread has.
 struct Watched {
-    userfault: Userfault,
+    kernel: Arc<dyn Kernel>,
     memory: Arc<Memory>,
     requests: Arc<Requests>,
     stats: Arc<RamDestinationStats>,
-    /// Ends the thread.
-    stop: OwnedFd,
     /// Why the thread ended by itself.
     failure: OnceLock<String>,
 }
@@ -43,36 +58,67 @@ impl Faults {
         requests: Arc<Requests>,
         stats: Arc<RamDestinationStats>,
     ) -> Result<Self, UserfaultError> {
-        let userfault = Userfault::open_missing()?;
+        let userfault = Arc::new(Userfault::open_missing()?);
         let failed = |what: &str, source: io::Error| UserfaultError::Failed {
             what: what.into(),
             source,
         };
         let stop = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|errno| failed("make an event", errno.into()))?;
-        let watched = Arc::new(Watched {
-            userfault,
-            memory,
-            requests,
-            stats,
-            stop,
-            failure: OnceLock::new(),
-        });
-        let thread = {
-            let watched = Arc::clone(&watched);
-            std::thread::Builder::new()
-                .name("ram-faults".into())
-                .spawn(move || watched.run())
-                .map_err(|source| failed("start a thread", source))?
-        };
-        let faults = Self {
-            watched,
-            thread: Mutex::new(Some(thread)),
-        };
-        for (_, block) in faults.watched.memory.travelling() {
-            faults.watched.userfault.register(block)?;
-        }
+        let stop_thread = stop.try_clone();
+        let stop_thread = stop_thread.map_err(|source| failed("duplicate an event", source))?;
+        let kernel = Arc::clone(&userfault);
+        let faults = Self::new(kernel, memory, requests, stats);
+        let watched = Arc::clone(&faults.watched);
+        let handle = std::thread::Builder::new()
+            .name("ram-faults".into())
+            .spawn(move || watched.run(&userfault, &stop_thread))
+            .map_err(|source| failed("start a thread", source))?;
+        *faults.lock() = Some(Thread { handle, stop });
+        faults.register()?;
         Ok(faults)
+    }
+
+    /// The same without a thread: who plays the kernel's part says what is touched.
+    #[cfg(test)]
+    pub(super) fn simulated(
+        kernel: Arc<dyn Kernel>,
+        memory: Arc<Memory>,
+        requests: Arc<Requests>,
+        stats: Arc<RamDestinationStats>,
+    ) -> Result<Self, UserfaultError> {
+        let faults = Self::new(kernel, memory, requests, stats);
+        faults.register()?;
+        Ok(faults)
+    }
+
+    #[cfg(test)]
+    pub(super) fn touched(&self, page: HostPage, seen: Instant) {
+        self.watched.fault(page, seen);
+    }
+
+    fn new(
+        kernel: Arc<dyn Kernel>,
+        memory: Arc<Memory>,
+        requests: Arc<Requests>,
+        stats: Arc<RamDestinationStats>,
+    ) -> Self {
+        Self {
+            watched: Arc::new(Watched {
+                kernel,
+                memory,
+                requests,
+                stats,
+                failure: OnceLock::new(),
+            }),
+            thread: Mutex::default(),
+        }
+    }
+
+    fn register(&self) -> Result<(), UserfaultError> {
+        let watched = &self.watched;
+        let mut blocks = watched.memory.travelling();
+        blocks.try_for_each(|(_, block)| watched.kernel.register(block))
     }
 
     /// Nobody sees faults any more, and why.
@@ -90,8 +136,8 @@ impl Faults {
             return Ok(Placed::AlreadyThere);
         };
         let placed = match bytes {
-            Some(bytes) => self.watched.userfault.place(block, page.offset, bytes),
-            None => self.watched.userfault.place_zero(block, page.offset),
+            Some(bytes) => self.watched.kernel.place(block, page.offset, bytes),
+            None => self.watched.kernel.place_zero(block, page.offset),
         }?;
         if placed == Placed::Now {
             let memory = &self.watched.memory;
@@ -100,8 +146,8 @@ impl Faults {
             if self.watched.requests.placed(page) {
                 // Placing has woken all who waited. But a page can be given back and touched again
                 // before it is marked: whoever did that shall look once more.
-                let userfault = &self.watched.userfault;
-                userfault.wake(block, page.offset, block.page_bytes())?;
+                let kernel = &self.watched.kernel;
+                kernel.wake(block, page.offset, block.page_bytes())?;
             }
         }
         Ok(placed)
@@ -109,22 +155,29 @@ impl Faults {
 
     /// No faults come any more; whoever waits goes on. Ends the thread.
     pub(super) fn end(&self) {
+        // First: it would find nothing to be placed where nobody waits any more. Who faults after that
+        // is woken below.
+        self.join();
         for (_, block) in self.watched.memory.travelling() {
-            if let Err(error) = self.watched.userfault.unregister(block) {
+            if let Err(error) = self.watched.kernel.unregister(block) {
                 tracing::error!("{error}");
             }
         }
-        self.join();
     }
 
     fn join(&self) {
+        let Some(Thread { handle, stop }) = self.lock().take() else {
+            return;
+        };
         // It polls this, and waits for nothing else.
-        let _ = rustix::io::write(&self.watched.stop, &1_u64.to_ne_bytes());
-        let thread = self.thread.lock();
-        let thread = thread.unwrap_or_else(PoisonError::into_inner).take();
-        if thread.is_some_and(|thread| thread.join().is_err()) {
+        let _ = rustix::io::write(&stop, &1_u64.to_ne_bytes());
+        if handle.join().is_err() {
             tracing::error!("the thread for faults of guest memory has panicked");
         }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Thread>> {
+        self.thread.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -135,10 +188,10 @@ impl Drop for Faults {
 }
 
 impl Watched {
-    fn run(&self) {
+    fn run(&self, userfault: &Userfault, stop: &OwnedFd) {
         let mut faults = Vec::new();
         loop {
-            match self.userfault.wait(self.stop.as_fd(), &mut faults) {
+            match userfault.wait(stop.as_fd(), &mut faults) {
                 Ok(true) => {}
                 Ok(false) => return,
                 Err(error) => {
@@ -177,8 +230,30 @@ impl Watched {
         let Some(block) = self.memory.block(page.block) else {
             return;
         };
-        if let Err(error) = self.userfault.place_zero(block, page.offset) {
+        if let Err(error) = self.kernel.place_zero(block, page.offset) {
             tracing::error!("{error}");
         }
+    }
+}
+
+impl Kernel for Userfault {
+    fn register(&self, block: &RamBlock) -> Result<(), UserfaultError> {
+        self.register(block)
+    }
+
+    fn unregister(&self, block: &RamBlock) -> Result<(), UserfaultError> {
+        self.unregister(block)
+    }
+
+    fn place(&self, block: &RamBlock, offset: u64, bytes: &[u8]) -> Result<Placed, UserfaultError> {
+        self.place(block, offset, bytes)
+    }
+
+    fn place_zero(&self, block: &RamBlock, offset: u64) -> Result<Placed, UserfaultError> {
+        self.place_zero(block, offset)
+    }
+
+    fn wake(&self, block: &RamBlock, offset: u64, bytes: u64) -> Result<(), UserfaultError> {
+        self.wake(block, offset, bytes)
     }
 }

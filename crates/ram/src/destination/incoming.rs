@@ -9,12 +9,12 @@ use vmferry_stream::{DiscardRange, Name, PageSizes};
 
 use super::RamDestinationOptions;
 use super::error::{MissingPages, RamDestinationError};
-use super::faults::Faults;
+use super::faults::{Faults, Kernel};
 use super::memory::Memory;
 use super::requests::Requests;
 use super::stats::RamDestinationStats;
 use crate::block::PAGE_BYTES;
-use crate::userfault::Userfault;
+use crate::userfault::{Userfault, UserfaultError};
 
 /// How far the postcopy is, as far as memory is concerned.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -46,7 +46,7 @@ pub(super) struct Shared {
     pub(super) memory: Arc<Memory>,
     pub(super) options: RamDestinationOptions,
     pub(super) stats: Arc<RamDestinationStats>,
-    requests: Arc<Requests>,
+    pub(super) requests: Arc<Requests>,
     /// Held during each change of the phase.
     phase: Mutex<Phase>,
     faults: OnceLock<Faults>,
@@ -118,7 +118,7 @@ impl Shared {
 /// and all handles does that too.
 #[derive(Clone)]
 pub struct IncomingRam {
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
 }
 
 /// A page to ask the source for.
@@ -153,6 +153,13 @@ impl IncomingRam {
     /// Postcopy is not on, or comes too late; no permission for userfaultfd, or memory that cannot be
     /// handled so. Says what to do.
     pub fn advise(&self) -> Result<(), RamDestinationError> {
+        self.advise_with(Userfault::open_missing)
+    }
+
+    pub(super) fn advise_with<K: Kernel>(
+        &self,
+        open: impl FnOnce() -> Result<K, UserfaultError>,
+    ) -> Result<(), RamDestinationError> {
         let memory = &self.shared.memory;
         let mut phase = self.expect("POSTCOPY_ADVISE", Phase::Precopy)?;
         if !self.shared.options.postcopy {
@@ -164,10 +171,10 @@ impl IncomingRam {
         {
             return Err(RamDestinationError::LateAdvice);
         }
-        let userfault = Userfault::open_missing()?;
+        let kernel = open()?;
         for (_, block) in memory.travelling() {
-            userfault.register(block)?;
-            userfault.unregister(block)?;
+            kernel.register(block)?;
+            kernel.unregister(block)?;
         }
         *phase = Phase::Advised;
         for (_, block) in memory.travelling() {
@@ -224,11 +231,22 @@ impl IncomingRam {
     /// No list of blocks came; a host page of which only a part was received; userfaultfd failed. It
     /// is as before then, and the migration can only fail.
     pub fn listen(&self) -> Result<(), RamDestinationError> {
+        self.listen_with(Faults::watch)
+    }
+
+    pub(super) fn listen_with(
+        &self,
+        watch: impl FnOnce(
+            Arc<Memory>,
+            Arc<Requests>,
+            Arc<RamDestinationStats>,
+        ) -> Result<Faults, UserfaultError>,
+    ) -> Result<(), RamDestinationError> {
         let memory = &self.shared.memory;
         let mut phase = self.expect("POSTCOPY_LISTEN", Phase::Advised)?;
         self.expect_list("POSTCOPY_LISTEN")?;
         memory.check_host_pages()?;
-        let faults = Faults::watch(
+        let faults = watch(
             Arc::clone(memory),
             Arc::clone(&self.shared.requests),
             Arc::clone(&self.shared.stats),

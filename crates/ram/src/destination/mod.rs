@@ -34,6 +34,8 @@ mod incoming;
 mod list;
 mod memory;
 mod requests;
+#[cfg(test)]
+mod simulated;
 mod stats;
 #[cfg(test)]
 mod tests;
@@ -54,6 +56,9 @@ use self::stats::count;
 use crate::block::PAGE_BYTES;
 use crate::guest::GuestRam;
 use crate::userfault::Placed;
+
+#[cfg(test)]
+pub(crate) use self::faults::Kernel;
 
 pub use self::error::{CompressedFault, MissingPages, PageFault, RamDestinationError};
 pub use self::incoming::{IncomingRam, PageRequest};

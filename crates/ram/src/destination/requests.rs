@@ -117,6 +117,13 @@ impl Requests {
         self.arrived.notify_all();
     }
 
+    /// Entries that take memory.
+    #[cfg(test)]
+    pub(super) fn entries(&self) -> usize {
+        let pages = self.lock();
+        pages.queue.len() + pages.asked.len() + pages.waiting.len()
+    }
+
     fn lock(&self) -> MutexGuard<'_, Pages> {
         // Every change under the lock is whole.
         self.pages.lock().unwrap_or_else(PoisonError::into_inner)

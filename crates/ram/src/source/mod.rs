@@ -147,6 +147,8 @@ pub struct RamSource {
     schedule: Schedule,
     writer: PageWriter,
     watch: Watch,
+    /// What time it is; a test has a clock of its own.
+    clock: Box<dyn Fn() -> Instant + Send>,
     shared: Arc<Shared>,
     /// The guest runs, or is about to run, at the destination.
     is_postcopy: bool,
@@ -181,6 +183,7 @@ impl RamSource {
             schedule: Schedule::new(&[]),
             writer: PageWriter::new(cache),
             watch: Watch::new(Instant::now()),
+            clock: Box::new(Instant::now),
             is_postcopy: false,
             snapshot: None,
             failure: None,
@@ -191,6 +194,11 @@ impl RamSource {
     #[must_use]
     pub fn outgoing(&self) -> OutgoingRam {
         OutgoingRam(Arc::clone(&self.shared))
+    }
+
+    #[cfg(test)]
+    pub(crate) fn set_clock(&mut self, clock: impl Fn() -> Instant + Send + 'static) {
+        self.clock = Box::new(clock);
     }
 
     /// Nothing is left of a migration before.
@@ -209,7 +217,7 @@ impl RamSource {
         self.schedule = Schedule::new(&pages);
         self.writer = PageWriter::new(new_cache(self.options.xbzrle_cache_bytes)?);
         self.converge = AutoConverge::new(self.options.throttle);
-        self.watch = Watch::new(Instant::now());
+        self.watch = Watch::new((self.clock)());
         self.is_postcopy = false;
         self.failure = None;
         let names = blocks.iter().map(|block| block.idstr().clone());
@@ -273,12 +281,12 @@ impl RamSource {
             return Err(failure);
         }
         self.check_lengths()?;
-        let (begun, mut newly) = (Instant::now(), 0);
+        let (begun, mut newly) = ((self.clock)(), 0);
         let schedule = &mut self.schedule;
         self.log.collect(&*self.ram, &mut |block, pages| {
             newly += schedule.mark(block, pages);
         })?;
-        let took = begun.elapsed();
+        let took = (self.clock)().saturating_duration_since(begun);
         let period = self.watch.collected(begun, took, newly);
         let stats = &self.shared.stats;
         stats
@@ -372,7 +380,7 @@ impl RamSource {
     /// Look at the log again where somebody may act on what is known to be left.
     fn look_again(&mut self) {
         let estimate = self.estimate_bytes();
-        let now = Instant::now();
+        let now = (self.clock)();
         if self.failure.is_none()
             && self
                 .watch
@@ -386,7 +394,7 @@ impl RamSource {
     /// What is left, together with what was probably written since the log was asked.
     fn estimate_bytes(&self) -> u64 {
         let left = self.schedule.left();
-        let more = self.watch.probably_dirtied(Instant::now());
+        let more = self.watch.probably_dirtied((self.clock)());
         left.saturating_add(more).min(self.schedule.total()) * PAGE_BYTES
     }
 
