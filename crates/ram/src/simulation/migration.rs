@@ -102,7 +102,7 @@ impl Machine {
             ..RamSourceOptions::default()
         };
         // From several pages written in the time that it takes to send one, to few in a pass.
-        let page_ns = line.ns_per_byte * PAGE_BYTES;
+        let page_ns = line.takes_ns(PAGE_BYTES);
         let interval_ns = (page_ns << rng.u32(..5)) / 4;
         let (source, log) = Source::new(&geometry, interval_ns, &mut rng);
         let described = described(&geometry);
