@@ -132,9 +132,9 @@ impl RawDevice {
                         *length > 2 && name.iter().all(u8::is_ascii_graphic)
                     }
                     // A PING, POSTCOPY_RUN.
-                    Some([8, 0, 2 | 5, ..]) => true,
-                    // EOF.
-                    Some([0, ..]) => true,
+                    Some([8, 0, 2, 0, 4, ..] | [8, 0, 5, 0, 0, ..]) => true,
+                    // EOF and the description. EOF alone would be found inside of bodies, too.
+                    Some([0, 6, _, _, _, _, b'{', ..]) => true,
                     _ => false,
                 }
         };
