@@ -10,6 +10,7 @@ mod guest;
 mod hand_over;
 mod line;
 mod moving;
+mod pace;
 mod parameters;
 mod postcopy;
 mod record;

@@ -13,12 +13,14 @@ use std::sync::mpsc::RecvTimeoutError;
 use std::time::Instant;
 
 use vmferry_channel::Stop;
+use vmferry_ram::OutgoingRam;
 use vmferry_savevm::{GuestStopped, Packing, Postcopy, Progress};
 use vmferry_stream::Command;
 
 use crate::engine::{Engine, Heard, Outcome, PACKAGE_LOADED, TICK};
 use crate::hand_over::{Committed, Decision};
 use crate::moving::Sections;
+use crate::pace::Pace;
 use crate::sink::ChannelSink;
 use crate::source::{BARRIER_PATIENCE, Event, SourceFailure, Target};
 use crate::status::State;
@@ -104,15 +106,34 @@ impl Engine {
         following: &mut Following,
         sink: &mut ChannelSink,
     ) -> Result<Outcome, String> {
+        let mut pace = Pace::new(sink.taken_bytes());
+        let mut is_open = true;
         loop {
-            if let Some(outcome) = self.attend(following, Instant::now())? {
+            let now = Instant::now();
+            let deadline = if is_open { now } else { now + TICK };
+            if let Some(outcome) = self.attend(following, deadline)? {
                 return Ok(outcome);
             }
+            if let Some((value, at)) = self.heard.last_pong {
+                pace.pong(value, at);
+            }
             let Sections {
-                registry, figures, ..
+                registry,
+                figures,
+                ram,
+                ..
             } = &mut following.sections;
+            let is_requested = |ram: &OutgoingRam| ram.wait_for_request(now);
+            is_open = pace.is_open(sink.taken_bytes());
+            if !is_open && !ram.as_ref().is_some_and(is_requested) {
+                continue;
+            }
             let progress = following.postcopy.iterate(registry, sink);
             let progress = progress.map_err(|error| error.to_string())?;
+            if let Some(value) = pace.next_ping(sink.taken_bytes(), Instant::now()) {
+                let sent = following.postcopy.command(Command::Ping(value), sink);
+                sent.map_err(|error| error.to_string())?;
+            }
             sink.flush().map_err(|error| error.to_string())?;
             self.publish_figures(figures, sink.taken_bytes());
             if progress == Progress::Finished {

@@ -141,6 +141,7 @@ impl Listening {
             return Err("the destination asks for pages, but no memory is sent".to_owned());
         };
         ram.request(block, start, u64::from(bytes))
-            .map_err(|error| format!("the destination asks for pages: {error}"))
+            .map_err(|error| format!("the destination asks for pages: {error}"))?;
+        self.events.send(Event::Wake).map_err(|_| String::new())
     }
 }
