@@ -66,7 +66,8 @@ impl RamSource {
 
     /// Is a request being served, this one or one that was begun?
     fn take_request(&mut self) -> bool {
-        if !self.schedule.is_serving()
+        // Those of which everything was sent keep none waiting that comes after them.
+        while !self.schedule.is_serving()
             && let Some(request) = self.shared.next_request()
         {
             self.schedule.serve(request);
