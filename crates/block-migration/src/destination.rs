@@ -114,6 +114,9 @@ pub enum DestinationError {
         /// How long the target is.
         length: u64,
     },
+    /// Guests may use the disks by now.
+    #[error("it goes on after its END")]
+    Ended,
     /// The section ended early.
     #[error(
         "disk '{name}': {missing} of {total} blocks never arrived, first at byte {offset}; the \
@@ -491,6 +494,9 @@ impl LoadHandler for Destination {
     }
 
     fn record(&mut self, record: &Record) -> Result<(), HandlerError> {
+        if self.stats.ended.load(Ordering::Acquire) {
+            return Err(DestinationError::Ended.into());
+        }
         self.applier.check()?;
         Ok(self.take(record)?)
     }

@@ -1,6 +1,7 @@
 //! The thread that carries a migration out of here: converge, stop the guests, hand over.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -9,7 +10,7 @@ use vmferry_channel::{ChannelError, Writer, open_outgoing};
 use vmferry_disk::{Hold, Lease};
 use vmferry_ram::OutgoingRam;
 use vmferry_savevm::{
-    Completing, DirtyTotal, Ended, GuestStopped, Iterating, Packing, Progress, Ready, SaveError,
+    Completing, DirtyTotal, Ended, GuestStopped, Iterating, Packed, Progress, Ready, SaveError,
     Switching, TotalPending, begin,
 };
 use vmferry_stream::{Command as StreamCommand, Name};
@@ -20,7 +21,7 @@ use crate::line::Line;
 use crate::moving::{Figures, Moving, Sections};
 use crate::parameters::{Capabilities, Parameters};
 use crate::record::RecordFile;
-use crate::return_path;
+use crate::return_path::{self, Bitmaps, Heralds};
 use crate::sink::{ChannelSink, Throttle};
 use crate::source::{BARRIER_PATIENCE, DRAIN_PATIENCE, Event, SourceFailure, SourceJob, Target};
 use crate::status::{Published, State};
@@ -79,6 +80,8 @@ pub(crate) struct Engine {
     pub(crate) published: Published,
     pub(crate) inbox: Receiver<Event>,
     events: Sender<Event>,
+    /// Events of the return path that wait in the inbox.
+    unheard: Arc<AtomicUsize>,
     gate: Arc<CancelGate>,
     pub(crate) line: Line,
     parameters: Parameters,
@@ -114,8 +117,8 @@ struct AtSwitch {
 enum Switch {
     /// All but EOF.
     Precopy(Ended),
-    /// All but the devices and what memory is left.
-    Postcopy(Packing, GuestStopped),
+    /// All but the devices, which are saved, and what memory is left.
+    Postcopy(Packed),
 }
 
 /// The rest is small enough.
@@ -137,6 +140,7 @@ impl Engine {
             published,
             inbox,
             events,
+            unheard: Arc::default(),
             gate: Arc::default(),
             line,
             parameters: job.parameters,
@@ -188,8 +192,8 @@ impl Engine {
                 sections.end();
                 Some(ended)
             }
-            Switch::Postcopy(packing, stopped) => {
-                postcopy = Some((packing, stopped, sections));
+            Switch::Postcopy(packed) => {
+                postcopy = Some((packed, sections));
                 None
             }
         };
@@ -201,9 +205,9 @@ impl Engine {
         });
         match (switch, postcopy) {
             (Some(ended), _) => self.hand_over(committed?, ended, sink, two_way, held_at),
-            (None, Some((packing, stopped, sections))) => match committed {
+            (None, Some((packed, sections))) => match committed {
                 Ok(committed) => {
-                    self.switch_to_postcopy(committed, packing, &stopped, sections, sink, held_at)
+                    self.switch_to_postcopy(committed, packed, sections, sink, held_at)
                 }
                 Err(error) => {
                     sections.end();
@@ -218,7 +222,7 @@ impl Engine {
     pub(crate) fn open(
         &mut self,
         target: Target,
-        ram: Option<OutgoingRam>,
+        ram: Option<(OutgoingRam, Bitmaps)>,
     ) -> Result<(ChannelSink, bool), SourceFailure> {
         let stop = self.line.stop();
         let channel = match target {
@@ -235,7 +239,7 @@ impl Engine {
         };
         let two_way = match reader {
             Some(reader) if self.capabilities.return_path => {
-                let events = self.events.clone();
+                let events = Heralds::new(self.events.clone(), Arc::clone(&self.unheard));
                 let listener = return_path::listen(reader, ram, events);
                 self.listener = Some(listener.map_err(SourceFailure::Thread)?);
                 true
@@ -263,7 +267,8 @@ impl Engine {
 
     /// Everything up to the point of no return.
     fn send_all(&mut self, moving: &mut Moving, target: Target) -> Result<AtSwitch, SourceFailure> {
-        let (mut sink, two_way) = self.open(target, moving.sections.ram.clone())?;
+        let ram = moving.sections.ram.clone();
+        let (mut sink, two_way) = self.open(target, ram.map(|ram| (ram, Bitmaps::Refused)))?;
         let mut opening = moving.opening.clone();
         if two_way {
             opening.commands = vec![StreamCommand::OpenReturnPath, StreamCommand::Ping(HELLO)];
@@ -287,7 +292,13 @@ impl Engine {
         let deadline = Instant::now() + BARRIER_PATIENCE;
         sink.set_deadline(deadline);
         self.throttle.lift();
-        let kind = self.end_live(converged, stopped, &mut moving.sections, &mut sink, two_way)?;
+        let kind = self.end_live(
+            converged,
+            &stopped,
+            &mut moving.sections,
+            &mut sink,
+            two_way,
+        )?;
         Ok(AtSwitch {
             sink,
             two_way,
@@ -300,7 +311,7 @@ impl Engine {
     fn end_live(
         &mut self,
         converged: Converged,
-        stopped: GuestStopped,
+        stopped: &GuestStopped,
         sections: &mut Sections,
         sink: &mut ChannelSink,
         two_way: bool,
@@ -310,18 +321,19 @@ impl Engine {
         let registry = &mut sections.registry;
         match converged {
             Converged::Precopy(completing) => {
-                let ended = completing.end_live(&stopped, registry, barrier, sink)?;
+                let ended = completing.end_live(stopped, registry, barrier, sink)?;
                 self.pass_barrier(two_way, &sections.figures, sink)?;
-                let ended = ended.save_devices(&stopped, &mut sections.registry, sink)?;
+                let ended = ended.save_devices(stopped, &mut sections.registry, sink)?;
                 Ok(Switch::Precopy(ended))
             }
             Converged::Postcopy(switching) => {
-                let mut packing = switching.end_live(&stopped, registry, sink)?;
+                let mut packing = switching.end_live(stopped, registry, sink)?;
                 packing.command(StreamCommand::Ping(BARRIER), sink)?;
                 self.pass_barrier(two_way, &sections.figures, sink)?;
-                // Nothing waits for the last bytes any more.
-                sink.clear_deadline();
-                Ok(Switch::Postcopy(packing, stopped))
+                let registry = &mut sections.registry;
+                let packed = packing.pack(stopped, registry, Some(PACKAGE_LOADED))?;
+                sink.set_deadline(Instant::now() + BARRIER_PATIENCE);
+                Ok(Switch::Postcopy(packed))
             }
         }
     }
@@ -616,6 +628,9 @@ impl Engine {
     }
 
     pub(crate) fn take(&mut self, event: Event) {
+        if event.is_of_return_path() {
+            self.unheard.fetch_sub(1, Ordering::AcqRel);
+        }
         let heard = &mut self.heard;
         match event {
             Event::Pong {
@@ -627,7 +642,8 @@ impl Engine {
                 ..
             } => heard.package_loaded = true,
             Event::Pong { value, at } => heard.last_pong = Some((value, at)),
-            Event::Shut(status) => heard.shut = Some(status),
+            // The first is the last that it has to say.
+            Event::Shut(status) => _ = heard.shut.get_or_insert(status),
             Event::ReturnClosed(reason) => heard.closed = Some(reason),
             Event::Received { block, bitmap } => heard.bitmaps.push((block, bitmap)),
             Event::ResumeAck(value) => heard.resume_ack = Some(value),

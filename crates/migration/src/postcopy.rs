@@ -10,17 +10,20 @@
 //! | nothing | held, until a person decides or the next connection tells |
 
 use std::sync::mpsc::RecvTimeoutError;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
 use std::time::Instant;
 
 use vmferry_channel::Stop;
 use vmferry_ram::OutgoingRam;
-use vmferry_savevm::{GuestStopped, Packing, Postcopy, Progress};
+use vmferry_savevm::{Packed, Postcopy, Progress};
 use vmferry_stream::Command;
 
-use crate::engine::{Engine, Heard, Outcome, PACKAGE_LOADED, TICK};
+use crate::engine::{Engine, Heard, Outcome, TICK};
 use crate::hand_over::{Committed, Decision};
 use crate::moving::Sections;
 use crate::pace::Pace;
+use crate::return_path::Bitmaps;
 use crate::sink::ChannelSink;
 use crate::source::{BARRIER_PATIENCE, Event, SourceFailure, Target};
 use crate::status::State;
@@ -33,6 +36,10 @@ struct Following {
     committed: Option<Committed>,
     /// Nothing that the destination said can have been lost.
     is_first_connection: bool,
+    /// Everything up to EOF went over the connection in use.
+    is_all_sent: bool,
+    /// Writes down that the disks are gone, which takes its time on a disk.
+    giving_up: Option<JoinHandle<()>>,
     held_at: Instant,
 }
 
@@ -47,15 +54,15 @@ impl Engine {
     pub(crate) fn switch_to_postcopy(
         &mut self,
         committed: Committed,
-        packing: Packing,
-        stopped: &GuestStopped,
-        mut sections: Sections,
+        packed: Packed,
+        sections: Sections,
         mut sink: ChannelSink,
         held_at: Instant,
     ) -> Result<Outcome, SourceFailure> {
-        let registry = &mut sections.registry;
-        let sent = packing
-            .send_package(stopped, registry, Some(PACKAGE_LOADED), &mut sink)
+        // An answer that came before it was asked for is none.
+        self.heard.package_loaded = false;
+        let sent = packed
+            .send(&mut sink)
             .map_err(SourceFailure::from)
             .and_then(|postcopy| {
                 sink.flush()?;
@@ -69,15 +76,22 @@ impl Engine {
                 return Err(self.last_word(error));
             }
         };
+        // Nobody waits any more for all of it.
+        sink.clear_deadline();
         self.enter(State::PostcopyActive);
         let mut following = Following {
             postcopy,
             sections,
             committed: Some(committed),
+            giving_up: None,
             is_first_connection: true,
+            is_all_sent: false,
             held_at,
         };
         let outcome = self.follow(&mut following, sink);
+        if let Some(thread) = following.giving_up.take() {
+            let _ = thread.join();
+        }
         following.sections.end();
         Ok(outcome)
     }
@@ -144,6 +158,7 @@ impl Engine {
         let ended = following.postcopy.complete(registry, sink);
         ended.map_err(|error| error.to_string())?;
         sink.flush().map_err(|error| error.to_string())?;
+        following.is_all_sent = true;
         loop {
             if let Some(outcome) = self.attend(following, Instant::now() + TICK)? {
                 return Ok(outcome);
@@ -161,32 +176,60 @@ impl Engine {
         if self.heard.package_loaded
             && let Some(committed) = following.committed.take()
         {
-            let _ = self.gone(committed, following.held_at);
+            self.give_up(following, committed);
         }
+        let is_first = following.is_first_connection;
         match (self.heard.shut, following.committed.take()) {
+            (None, committed) => following.committed = committed,
             // It says so when all pages have come.
-            (Some(0), None) => {
+            (Some(0), committed) if following.is_all_sent => {
+                if let Some(committed) = committed {
+                    self.give_up(following, committed);
+                }
                 return Ok(Some(Outcome::Gone {
                     durable: self.peer_is_ours,
                 }));
             }
-            (Some(0), Some(committed)) => return Ok(Some(self.gone(committed, following.held_at))),
-            (Some(status), Some(committed)) if following.is_first_connection => {
+            (Some(status), Some(committed)) if status != 0 && is_first => {
                 committed.decide(Decision::Serve);
                 let reason = SourceFailure::Refused { status }.to_string();
                 return Ok(Some(Outcome::Here { reason }));
             }
             (Some(status), committed) => {
                 following.committed = committed;
-                return Err(format!(
-                    "the destination has failed (SHUT {status}); its own messages say why"
-                ));
+                return Err(match status {
+                    0 => "the destination says that it has everything, but not all was sent".into(),
+                    _ => format!(
+                        "the destination has failed (SHUT {status}); its own messages say why"
+                    ),
+                });
             }
-            (None, committed) => following.committed = committed,
         }
         match &self.heard.closed {
             Some(reason) => Err(reason.clone()),
             None => Ok(None),
+        }
+    }
+
+    /// The guest runs there.
+    fn give_up(&mut self, following: &mut Following, committed: Committed) {
+        let downtime = following.held_at.elapsed();
+        self.published.update(|status| {
+            status.downtime = Some(downtime);
+            status.undecided = false;
+        });
+        let thread = std::thread::Builder::new().name("migrate-give-up".to_owned());
+        let committed = Arc::new(Mutex::new(Some(committed)));
+        let there = Arc::clone(&committed);
+        let take = |committed: &Mutex<Option<Committed>>| {
+            let mut committed = committed.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(committed) = committed.take() {
+                committed.decide(Decision::GiveUp);
+            }
+        };
+        following.giving_up = thread.spawn(move || take(&there)).ok();
+        if following.giving_up.is_none() {
+            take(&committed);
         }
     }
 
@@ -197,6 +240,9 @@ impl Engine {
             tracing::warn!(peer = %self.peer, reason = broken, "postcopy paused");
             following.is_first_connection = false;
             self.hang_up();
+            if let Ok(Some(outcome)) = self.attend(following, Instant::now()) {
+                return Next::Over(outcome);
+            }
             let undecided = following.committed.is_some();
             self.published.update(|status| {
                 status.state = State::PostcopyPaused;
@@ -243,12 +289,10 @@ impl Engine {
                         let reason = "resolved: the guest runs here".to_owned();
                         return Err(Outcome::Here { reason });
                     }
-                    (Some(committed), Decision::GiveUp) => {
-                        committed.decide(Decision::GiveUp);
-                        // Its memory is still to be sent.
-                        self.published.update(|status| status.undecided = false);
-                    }
-                    (None, _) => {}
+                    // Its memory may still be sent.
+                    (Some(committed), Decision::GiveUp) => self.give_up(following, committed),
+                    (None, Decision::GiveUp) => return Err(Outcome::Gone { durable: false }),
+                    (None, Decision::Serve) => {}
                 },
                 Ok(event) => self.take(event),
                 Err(RecvTimeoutError::Timeout) => {}
@@ -268,12 +312,13 @@ impl Engine {
             return Err("there is no memory to be sent".to_owned());
         };
         self.line.replace(stop);
+        following.is_all_sent = false;
         let package_loaded = self.heard.package_loaded;
         self.heard = Heard {
             package_loaded,
             ..Heard::default()
         };
-        let opened = self.open(target, Some(ram.clone()));
+        let opened = self.open(target, Some((ram.clone(), Bitmaps::Awaited)));
         let (mut sink, _) = opened.map_err(|error| error.to_string())?;
         let blocks = ram.blocks();
         for block in &blocks {
@@ -290,6 +335,7 @@ impl Engine {
             told.map_err(|error| format!("the destination's bitmap: {error}"))?;
         }
         ram.resume().map_err(|error| error.to_string())?;
+        self.heard.resume_ack = None;
         let resume = following
             .postcopy
             .command(Command::PostcopyResume, &mut sink);

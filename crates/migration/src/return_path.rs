@@ -1,5 +1,7 @@
 //! What the destination says, read by a thread of its own.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::Sender;
 use std::thread::JoinHandle;
 use std::time::Instant;
@@ -15,15 +17,56 @@ use crate::source::Event;
 /// pages go to `ram` at once.
 pub(crate) fn listen(
     reader: Reader,
-    ram: Option<OutgoingRam>,
-    events: Sender<Event>,
+    ram: Option<(OutgoingRam, Bitmaps)>,
+    events: Heralds,
 ) -> std::io::Result<JoinHandle<()>> {
     std::thread::Builder::new()
         .name("migrate-return".to_owned())
         .spawn(move || {
-            let reason = Listening::new(reader, ram, events.clone()).run();
-            let _ = events.send(Event::ReturnClosed(reason));
+            let mut listening = Listening::new(reader, ram, events);
+            let reason = listening.run();
+            listening.events.last(Event::ReturnClosed(reason));
         })
+}
+
+/// Events that may wait to be heard. A destination answers PINGs, and tells of each RAM block once.
+const UNHEARD_MAX: usize = 2 * vmferry_stream::limits::MAX_RAM_BLOCKS as usize;
+
+/// Are bitmaps of received pages awaited on this connection?
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Bitmaps {
+    /// It is the first.
+    Refused,
+    /// It is a recovery: one of each block.
+    Awaited,
+}
+
+/// Carries what is heard to the engine, as much as it can be expected to listen to.
+pub(crate) struct Heralds {
+    events: Sender<Event>,
+    unheard: Arc<AtomicUsize>,
+}
+
+impl Heralds {
+    pub(crate) fn new(events: Sender<Event>, unheard: Arc<AtomicUsize>) -> Self {
+        Self { events, unheard }
+    }
+
+    fn send(&self, event: Event) -> Result<(), String> {
+        if self.unheard.load(Ordering::Acquire) >= UNHEARD_MAX {
+            return Err(format!(
+                "the destination has sent {UNHEARD_MAX} messages that nobody waits for"
+            ));
+        }
+        self.last(event);
+        Ok(())
+    }
+
+    fn last(&self, event: Event) {
+        self.unheard.fetch_add(1, Ordering::AcqRel);
+        // Nobody is there any more, else.
+        let _ = self.events.send(event);
+    }
 }
 
 struct Listening {
@@ -31,14 +74,22 @@ struct Listening {
     decoder: ReturnDecoder,
     window: Vec<u8>,
     ram: Option<OutgoingRam>,
-    events: Sender<Event>,
+    events: Heralds,
+    /// Blocks whose bitmaps are still to come.
+    awaited: Vec<Name>,
     /// The bitmap whose end is awaited.
     bitmap: Option<(Name, Vec<u8>)>,
 }
 
 impl Listening {
-    fn new(reader: Reader, ram: Option<OutgoingRam>, events: Sender<Event>) -> Self {
+    fn new(reader: Reader, ram: Option<(OutgoingRam, Bitmaps)>, events: Heralds) -> Self {
+        let awaited = match &ram {
+            Some((ram, Bitmaps::Awaited)) => ram.blocks(),
+            _ => Vec::new(),
+        };
+        let ram = ram.map(|(ram, _)| ram);
         Self {
+            awaited,
             reader,
             decoder: ReturnDecoder::new(),
             window: Vec::new(),
@@ -116,9 +167,8 @@ impl Listening {
                 start_bytes,
                 length_bytes,
             } => return self.request(block.as_ref(), start_bytes, length_bytes),
-            ReturnMessage::ReceivedBitmap { block, .. } if self.ram.is_some() => {
-                self.bitmap = Some((block, Vec::new()));
-                return Ok(());
+            ReturnMessage::ReceivedBitmap { block, bytes } if self.ram.is_some() => {
+                return self.begin_bitmap(block, bytes);
             }
             ReturnMessage::ReceivedBitmapEnd if self.bitmap.is_some() => {
                 let Some((block, bitmap)) = self.bitmap.take() else {
@@ -133,7 +183,25 @@ impl Listening {
                 ));
             }
         };
-        self.events.send(event).map_err(|_| String::new())
+        self.events.send(event)
+    }
+
+    fn begin_bitmap(&mut self, block: Name, bytes: u32) -> Result<(), String> {
+        let Some(place) = self.awaited.iter().position(|name| *name == block) else {
+            return Err(format!(
+                "the destination tells what it has of RAM block '{block}', which nobody asked"
+            ));
+        };
+        let expected = self.ram.as_ref().and_then(|ram| ram.bitmap_bytes(&block));
+        if expected != Some(u64::from(bytes)) {
+            return Err(format!(
+                "the destination's bitmap of RAM block '{block}' has {bytes} bytes instead of {}",
+                expected.unwrap_or(0)
+            ));
+        }
+        self.awaited.swap_remove(place);
+        self.bitmap = Some((block, Vec::new()));
+        Ok(())
     }
 
     fn request(&self, block: Option<&Name>, start: u64, bytes: u32) -> Result<(), String> {

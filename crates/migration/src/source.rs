@@ -105,6 +105,9 @@ pub enum SourceFailure {
         /// The channel.
         peer: String,
     },
+    /// The guest would run on here, too.
+    #[error("a background snapshot is no migration: its guest runs on here")]
+    BackgroundSnapshot,
     /// A postcopy asks for pages.
     #[error("postcopy needs the return path")]
     OneWayPostcopy,
@@ -201,6 +204,20 @@ pub(crate) enum Event {
     Wake,
 }
 
+impl Event {
+    /// Did the destination say it?
+    pub(crate) fn is_of_return_path(&self) -> bool {
+        matches!(
+            self,
+            Self::Pong { .. }
+                | Self::Shut(_)
+                | Self::ReturnClosed(_)
+                | Self::Received { .. }
+                | Self::ResumeAck(_)
+        )
+    }
+}
+
 /// A migration that runs, or has run.
 #[derive(Debug)]
 pub struct RunningSource {
@@ -243,6 +260,12 @@ impl RunningSource {
         machine: Option<SourceMachine>,
         published: Published,
     ) -> Result<Self, SourceFailure> {
+        if machine
+            .as_ref()
+            .is_some_and(|it| it.ram_options.background_snapshot)
+        {
+            return Err(SourceFailure::BackgroundSnapshot);
+        }
         let leases = take_leases(&job.disks)?;
         let disk_bytes = leases.iter().map(|(l, _)| l.node().limits().length).sum();
         let can_postcopy = machine.as_ref().is_some_and(|it| it.ram_options.postcopy);
@@ -350,9 +373,11 @@ impl RunningSource {
         if !was_paused {
             return Err(RequestError::NotInterrupted);
         }
-        self.events
-            .send(Event::Resume(target, stop))
-            .map_err(|_| RequestError::Over)
+        self.events.send(Event::Resume(target, stop)).map_err(|_| {
+            self.published
+                .update(|status| status.state = State::PostcopyPaused);
+            RequestError::Over
+        })
     }
 
     /// Change parameters.
@@ -375,12 +400,14 @@ impl RunningSource {
             .map_err(|_| RequestError::Over)
     }
 
-    /// Decide where the disks live.
+    /// Decide where the disks live. A postcopy that is paused ends when they are given up.
     ///
     /// # Errors
-    /// Nothing to decide.
+    /// Nothing to decide, or another connection is being tried.
     pub fn decide(&self, decision: Decision) -> Result<(), RequestError> {
-        if !self.published.get().undecided {
+        let status = self.published.get();
+        let ends = decision == Decision::GiveUp && status.state == State::PostcopyPaused;
+        if status.state == State::PostcopyRecover || !(status.undecided || ends) {
             return Err(RequestError::NotUndecided);
         }
         self.events

@@ -81,8 +81,8 @@ pub use registry::{
     Registry,
 };
 pub use save::{
-    Completing, Describe, DirtyTotal, Ended, Iterating, LiveEnded, Opening, Packing, Postcopy,
-    Ready, SaveError, Switching, TotalPending, begin, cleanup, save_device_state,
+    Completing, Describe, DirtyTotal, Ended, Iterating, LiveEnded, Opening, Packed, Packing,
+    Postcopy, Ready, SaveError, Switching, TotalPending, begin, cleanup, save_device_state,
 };
 /// From [`vmferry_stream`], what this interface is made of.
 pub use vmferry_stream::{

@@ -19,8 +19,10 @@ pub(super) struct Answers {
 struct Line {
     writer: Option<Writer>,
     /// Breaks off the connection that `writer` belongs to.
-    stop: Option<Stop>,
+    stop: Stop,
     open: bool,
+    /// Nothing more will be said, over no connection.
+    ended: bool,
     /// The source can be asked for pages.
     takes_requests: bool,
     /// The block of the last request on this connection.
@@ -36,12 +38,13 @@ pub(super) enum Asked {
 }
 
 impl Answers {
-    pub(super) fn new(writer: Option<Writer>) -> Self {
+    pub(super) fn new(writer: Option<Writer>, stop: Stop) -> Self {
         Self {
             line: Mutex::new(Line {
                 writer,
-                stop: None,
+                stop,
                 open: false,
+                ended: false,
                 takes_requests: false,
                 last_block: None,
             }),
@@ -66,23 +69,33 @@ impl Answers {
         line.takes_requests = false;
     }
 
-    /// Another connection, whose source listens already.
+    /// As [`Answers::close`], for ever, and break the connection off.
+    pub(super) fn end(&self) {
+        self.close();
+        let mut line = self.lock();
+        line.ended = true;
+        line.stop.trigger();
+    }
+
+    /// Another connection, whose source listens already. It is broken off if nothing more is said.
     pub(super) fn reconnect(&self, writer: Writer, stop: Stop) {
-        *self.lock() = Line {
-            writer: Some(writer),
-            stop: Some(stop),
-            open: true,
+        let mut line = self.lock();
+        if line.ended {
+            stop.trigger();
+        }
+        *line = Line {
+            writer: (!line.ended).then_some(writer),
+            stop,
+            open: !line.ended,
+            ended: line.ended,
             takes_requests: false,
             last_block: None,
         };
     }
 
-    /// From now on pages can be asked for. `stop` breaks the connection off if they cannot.
-    pub(super) fn take_requests(&self, stop: Stop) {
-        let mut line = self.lock();
-        line.takes_requests = true;
-        line.stop = Some(stop);
-        drop(line);
+    /// From now on pages can be asked for. The connection is broken off where they cannot.
+    pub(super) fn take_requests(&self) {
+        self.lock().takes_requests = true;
         self.changed.notify_all();
     }
 
@@ -112,7 +125,7 @@ impl Answers {
     /// the next.
     pub(super) fn request(&self, block: &Name, start_bytes: u64, length_bytes: u32) -> Asked {
         let mut line = self.lock();
-        if !line.takes_requests {
+        if !line.takes_requests || line.writer.is_none() {
             return Asked::NotNow;
         }
         let is_same = line.last_block.as_ref() == Some(block);
@@ -131,9 +144,7 @@ impl Answers {
             Err(error) => {
                 tracing::warn!(%error, "pages could not be asked for");
                 line.takes_requests = false;
-                if let Some(stop) = &line.stop {
-                    stop.trigger();
-                }
+                line.stop.trigger();
                 Asked::NotNow
             }
         }

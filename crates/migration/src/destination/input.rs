@@ -68,6 +68,11 @@ impl Input {
         self.buffer.copy_within(self.start..self.end, 0);
         self.end -= self.start;
         self.start = 0;
+        if bytes > self.buffer.len() {
+            // The state of a device may be long: what is longer than it may be is not asked for.
+            self.buffer.resize(bytes.saturating_mul(2), 0);
+            self.read_ahead = self.buffer.len();
+        }
         while self.end < bytes {
             let room = self.read_ahead.max(bytes).min(self.buffer.len());
             let length = self

@@ -106,6 +106,13 @@ impl Landing {
         Ok(())
     }
 
+    /// They do not live here after all. If that cannot be written down nobody must be told so.
+    pub(super) fn take_off(&mut self, answers: &Answers) {
+        if std::mem::take(&mut self.landed) && self.write_incoming().is_err() {
+            answers.close();
+        }
+    }
+
     /// Let guests in, and the machine's own run.
     pub(super) fn let_in(&mut self) {
         if !self.keep_records {

@@ -26,7 +26,7 @@ use std::time::Instant;
 use vmferry_block_migration::{ApplyError, Coverage, DestinationError};
 use vmferry_channel::{Channel, ChannelError};
 use vmferry_disk::{InUse, Node};
-use vmferry_ram::RamDestinationError;
+use vmferry_ram::{IncomingRam, RamDestinationError};
 use vmferry_savevm::{LoadError, RegisterError};
 use vmferry_stream::Ending;
 use vmferry_stream::return_path::ReturnMessage;
@@ -139,11 +139,15 @@ pub enum DestinationFailure {
     /// Two sections have one name.
     #[error(transparent)]
     Register(#[from] RegisterError),
-    /// The guest runs here, but not all of its memory has come, and nobody brings it any more.
+    /// The guest runs here, but not all of its memory has come, and nobody brings it any more. Who
+    /// touches what is missing waits for ever, rather than to find zeroes and write them to its
+    /// disks, unless `memory` is abandoned.
     #[error("the postcopy was given up: {reason}")]
     Interrupted {
         /// Why it was interrupted.
         reason: String,
+        /// The memory.
+        memory: Box<IncomingRam>,
     },
     /// The rest could not be saved.
     #[error("the rest of the stream could not be saved: {0}")]
@@ -220,7 +224,7 @@ fn receive_any<'a>(
         status.total_bytes = job.disks.iter().map(|disk| disk.node.limits().length).sum();
         status.remaining_bytes = status.total_bytes;
     });
-    let answers = Answers::new(writer);
+    let answers = Answers::new(writer, reader.stop().clone());
     let result = Loading::new(reader, job, machine, published, peer)
         .and_then(|loading| loading.run(&answers));
     match &result {

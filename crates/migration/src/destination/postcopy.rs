@@ -9,11 +9,10 @@
 //!
 //! Loading devices reads guest memory, whose pages come on the connection meanwhile.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::thread::{ScopedJoinHandle, scope};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::thread::{Scope, ScopedJoinHandle, scope};
 use std::time::Instant;
 
-use vmferry_channel::Stop;
 use vmferry_ram::{IncomingRam, PageRequest};
 use vmferry_savevm::{
     HandlerError, LoadError, LoadMachine, LoadStep, Owner, PostcopyState, Registry, load_cleanup,
@@ -51,45 +50,57 @@ pub(super) fn receive_rest(
     };
     let offset = machine.offset().saturating_sub(package.len() as u64);
     let mut nested = machine.package();
-    let stop = input.stop();
-    let (done, loaded_ping) = (AtomicBool::new(false), AtomicU64::new(NO_PING));
-    let mut listener = Some(Listener {
-        machine,
-        live: registry.split_live(),
+    let shared = Shared {
         ram: &ram,
         answers,
         reconnections,
         published,
-        is_recovering: false,
-        loaded_ping: &loaded_ping,
-    });
-    let mut input = Some(input);
+        done: AtomicBool::new(false),
+        guest: AtomicU8::new(LOADING),
+        loaded_ping: AtomicU64::new(NO_PING),
+    };
+    let mut listener = Some((
+        Listener {
+            machine,
+            live: registry.split_live(),
+            shared: &shared,
+            is_recovering: false,
+        },
+        input,
+    ));
     scope(|scope| {
         let mut running: Option<ScopedJoinHandle<'_, Listened<'_>>> = None;
+        let mut discarding = None;
         let loaded = nested.load_heard(package, &mut registry, |record| {
             match record {
+                Record::Command(Command::PostcopyRamDiscard { block, .. }) => {
+                    discarding = Some(block.clone());
+                }
+                Record::DiscardRange(range) => {
+                    if let Some(block) = &discarding {
+                        ram.discard(block, *range)?;
+                    }
+                }
                 Record::Command(Command::PostcopyListen) => {
                     ram.listen()?;
                     published.update(|status| status.state = State::PostcopyActive);
-                    if let (Some(listener), Some(input)) = (listener.take(), input.take()) {
-                        answers.take_requests(stop.clone());
-                        let done = &done;
-                        running = Some(scope.spawn(move || {
-                            let listened = listener.run(input);
-                            done.store(true, Ordering::Release);
-                            listened
-                        }));
-                        scope.spawn(|| request_pages(&ram, answers, done));
+                    if let Some((listener, input)) = listener.take() {
+                        answers.take_requests();
+                        running = Some(spawn(scope, "migrate-pages", || listener.run(input))?);
+                        spawn(scope, "migrate-requests", || request_pages(&shared))?;
                     }
                 }
                 Record::Command(Command::Ping(value)) => {
                     landing.land(answers)?;
-                    loaded_ping.store(u64::from(*value), Ordering::Release);
+                    shared
+                        .loaded_ping
+                        .store(u64::from(*value), Ordering::Release);
                     // If it is lost, it is said again over the next connection.
                     answers.say(&ReturnMessage::Pong(*value));
                 }
                 Record::Command(Command::PostcopyRun) => {
                     landing.land(answers)?;
+                    shared.let_run()?;
                     landing.let_in();
                 }
                 _ => {}
@@ -101,36 +112,107 @@ pub(super) fn receive_rest(
             PostcopyState::Running => Ok(()),
             _ => Err(in_package(offset, LoadError::PackageWithoutRun)),
         });
-        if loaded.is_err() {
+        if loaded.is_err() && shared.guest.load(Ordering::Acquire) != RUNS {
             // Nobody runs here who could need the rest. The source hears it before the connection ends.
+            landing.take_off(answers);
             answers.say(&ReturnMessage::Shut(1));
-            answers.close();
-            reconnections.close();
-            stop.trigger();
+            shared.give_up();
         }
         let listened = running.map(ScopedJoinHandle::join);
-        if let Some(mut listener) = listener.take() {
+        shared.done.store(true, Ordering::Release);
+        if let Some((mut listener, _)) = listener.take() {
             load_cleanup(&mut listener.live);
         }
         loaded?;
-        let Some(Ok((mut listener, received))) = listened else {
-            answers.close();
-            let reason = "the thread that receives pages has panicked".to_owned();
-            return Err(DestinationFailure::Interrupted { reason });
+        let (listener, received) = match listened {
+            Some(Ok((mut listener, received))) => {
+                load_cleanup(&mut listener.live);
+                (Some(listener), received)
+            }
+            _ => (
+                None,
+                Err("the thread that receives pages has panicked".to_owned()),
+            ),
         };
-        load_cleanup(&mut listener.live);
-        received.map_err(|reason| {
-            // The guest runs: the source must not take it back.
-            answers.close();
-            DestinationFailure::Interrupted { reason }
-        })?;
-        listener.machine.leave_package(nested)?;
+        let listener = match (listener, received) {
+            (Some(listener), Ok(())) => listener,
+            (_, received) => {
+                // The guest runs: the source must not take it back.
+                answers.end();
+                // Also when nobody keeps the error.
+                std::mem::forget(ram.clone());
+                return Err(DestinationFailure::Interrupted {
+                    reason: received.err().unwrap_or_default(),
+                    memory: Box::new(ram.clone()),
+                });
+            }
+        };
+        let mut machine = listener.machine;
+        machine.leave_package(nested)?;
         Ok(Arrived {
             ending: Ending::WithoutDescription,
-            wire_bytes: listener.machine.offset(),
+            wire_bytes: machine.offset(),
             source_told: answers.say(&ReturnMessage::Shut(0)),
         })
     })
+}
+
+/// What the threads of a postcopy share.
+struct Shared<'a> {
+    ram: &'a IncomingRam,
+    answers: &'a Answers,
+    reconnections: &'a Reconnections,
+    published: &'a Published,
+    /// Pages are not needed any more, or will not come.
+    done: AtomicBool,
+    guest: AtomicU8,
+    /// The PING behind the devices, once they are loaded.
+    loaded_ping: AtomicU64,
+}
+
+/// Its devices are being loaded.
+const LOADING: u8 = 0;
+/// It was let run, or is about to.
+const RUNS: u8 = 1;
+/// Its devices cannot be loaded, or what they need will not come.
+const GIVEN_UP: u8 = 2;
+
+impl Shared<'_> {
+    /// The guest runs from now on, unless it was given up.
+    fn let_run(&self) -> Result<(), HandlerError> {
+        let order = Ordering::AcqRel;
+        self.guest
+            .compare_exchange(LOADING, RUNS, order, Ordering::Acquire)
+            .map(drop)
+            .map_err(|_| "its memory will not come any more".into())
+    }
+
+    /// The guest will not run here, unless it runs already: nobody waits for its memory. True if so.
+    fn give_up(&self) -> bool {
+        let order = Ordering::AcqRel;
+        let given_up = self
+            .guest
+            .compare_exchange(LOADING, GIVEN_UP, order, Ordering::Acquire);
+        if given_up.is_err_and(|now| now == RUNS) {
+            return false;
+        }
+        self.answers.end();
+        self.done.store(true, Ordering::Release);
+        self.reconnections.look();
+        // Loading a device may wait for a page.
+        self.ram.abandon();
+        true
+    }
+}
+
+fn spawn<'scope, T: Send + 'scope>(
+    scope: &'scope Scope<'scope, '_>,
+    name: &str,
+    work: impl FnOnce() -> T + Send + 'scope,
+) -> std::io::Result<ScopedJoinHandle<'scope, T>> {
+    std::thread::Builder::new()
+        .name(name.to_owned())
+        .spawn_scoped(scope, work)
 }
 
 fn in_package(offset: u64, source: LoadError) -> DestinationFailure {
@@ -138,18 +220,23 @@ fn in_package(offset: u64, source: LoadError) -> DestinationFailure {
     LoadError::Package { offset, source }.into()
 }
 
-/// Ask the source for the pages that somebody waits for, until `done`.
-fn request_pages(ram: &IncomingRam, answers: &Answers, done: &AtomicBool) {
+/// Ask the source for the pages that somebody waits for, until all is done.
+fn request_pages(shared: &Shared<'_>) {
     let mut held: Option<PageRequest> = None;
-    while !done.load(Ordering::Acquire) {
+    while !shared.done.load(Ordering::Acquire) {
         let deadline = Instant::now() + TICK;
-        let Some(request) = held.take().or_else(|| ram.next_request(deadline)) else {
+        let next = || shared.ram.next_request(deadline);
+        let Some(request) = held.take().or_else(next) else {
             continue;
         };
-        let asked = answers.request(&request.block, request.start, request.bytes);
-        if asked == Asked::NotNow {
+        let PageRequest {
+            block,
+            start,
+            bytes,
+        } = &request;
+        if shared.answers.request(block, *start, *bytes) == Asked::NotNow {
             held = Some(request);
-            answers.wait_for_requests(deadline);
+            shared.answers.wait_for_requests(deadline);
         }
     }
 }
@@ -158,20 +245,29 @@ fn request_pages(ram: &IncomingRam, answers: &Answers, done: &AtomicBool) {
 struct Listener<'a> {
     machine: LoadMachine,
     live: Registry<'static>,
-    ram: &'a IncomingRam,
-    answers: &'a Answers,
-    reconnections: &'a Reconnections,
-    published: &'a Published,
+    shared: &'a Shared<'a>,
     is_recovering: bool,
-    /// The PING behind the devices, once they are loaded.
-    loaded_ping: &'a AtomicU64,
 }
 
 /// The listener, and why not everything has come, if so.
 type Listened<'a> = (Listener<'a>, Result<(), String>);
 
+/// Nobody waits for a listener that is gone.
+struct EndWhenDropped<'a>(&'a Shared<'a>);
+
+impl Drop for EndWhenDropped<'_> {
+    fn drop(&mut self) {
+        self.0.done.store(true, Ordering::Release);
+        if std::thread::panicking() {
+            self.0.give_up();
+        }
+    }
+}
+
 impl<'a> Listener<'a> {
     fn run(mut self, mut input: Input) -> Listened<'a> {
+        // However this ends, a panic included.
+        let _end = EndWhenDropped(self.shared);
         loop {
             let Err(reason) = self.read_to_end(&mut input) else {
                 return (self, Ok(()));
@@ -180,7 +276,10 @@ impl<'a> Listener<'a> {
             drop(input);
             match self.wait_for_next(&reason) {
                 Some(next) => input = next,
-                None => return (self, Err(reason)),
+                None => {
+                    self.shared.give_up();
+                    return (self, Err(reason));
+                }
             }
         }
     }
@@ -196,7 +295,7 @@ impl<'a> Listener<'a> {
             {
                 LoadStep::End => {
                     self.publish();
-                    return self.ram.finish().map_err(|error| error.to_string());
+                    return self.shared.ram.finish().map_err(|error| error.to_string());
                 }
                 LoadStep::NeedMore(bytes) => {
                     let filled = input.fill(bytes, None);
@@ -207,7 +306,7 @@ impl<'a> Listener<'a> {
                 }
                 LoadStep::Record { record, used, .. } => {
                     if let Record::Command(command) = &record {
-                        self.command(command, &input.stop())?;
+                        self.command(command)?;
                     }
                     input.consume(used);
                 }
@@ -235,26 +334,26 @@ impl<'a> Listener<'a> {
         }
     }
 
-    fn command(&mut self, command: &Command, stop: &Stop) -> Result<(), String> {
+    fn command(&mut self, command: &Command) -> Result<(), String> {
         let answered = match command {
-            Command::Ping(value) => self.answers.send(&ReturnMessage::Pong(*value)),
+            Command::Ping(value) => self.shared.answers.send(&ReturnMessage::Pong(*value)),
             Command::ReceivedBitmap(block) if self.is_recovering => {
-                let Some(bitmap) = self.ram.received(block) else {
+                let Some(bitmap) = self.shared.ram.received(block) else {
                     return Err(format!(
                         "the source asks what came of RAM block '{block}', which is not here"
                     ));
                 };
-                self.answers.send_bitmap(block.clone(), &bitmap)
+                self.shared.answers.send_bitmap(block.clone(), &bitmap)
             }
             Command::PostcopyResume if self.is_recovering => {
                 self.is_recovering = false;
-                let answered = self.answers.send(&ReturnMessage::ResumeAck(1));
-                let ping = self.loaded_ping.load(Ordering::Acquire);
+                let answered = self.shared.answers.send(&ReturnMessage::ResumeAck(1));
+                let ping = self.shared.loaded_ping.load(Ordering::Acquire);
                 if let Ok(value) = u32::try_from(ping) {
-                    self.answers.say(&ReturnMessage::Pong(value));
+                    self.shared.answers.say(&ReturnMessage::Pong(value));
                 }
-                self.answers.take_requests(stop.clone());
-                self.published.update(|status| {
+                self.shared.answers.take_requests();
+                self.shared.published.update(|status| {
                     status.state = State::PostcopyActive;
                     status.error = None;
                 });
@@ -276,27 +375,22 @@ impl<'a> Listener<'a> {
     /// Wait for the next connection; `None` if there will be none.
     fn wait_for_next(&mut self, reason: &str) -> Option<Input> {
         tracing::warn!(reason, "postcopy paused");
-        self.answers.close();
-        self.ram.pause();
+        self.shared.answers.close();
+        self.shared.ram.pause();
         self.publish();
         loop {
-            self.reconnections.ask();
-            self.published.update(|status| {
+            self.shared.reconnections.ask(self.shared.published);
+            self.shared.published.update(|status| {
                 status.state = State::PostcopyPaused;
                 status.error = Some(reason.to_owned());
             });
-            let channel = self.reconnections.next(|channel| {
-                self.published.update(|status| {
-                    status.state = State::PostcopyRecover;
-                    channel.peer().clone_into(&mut status.peer);
-                });
-            })?;
+            let channel = self.shared.reconnections.next(&self.shared.done)?;
             let (Some(reader), Some(writer)) = channel.split() else {
                 tracing::warn!("the channel is one-way: a postcopy cannot go on over it");
                 continue;
             };
             let input = Input::new(reader);
-            self.answers.reconnect(writer, input.stop());
+            self.shared.answers.reconnect(writer, input.stop());
             self.machine = self.machine.resumed();
             self.is_recovering = true;
             return Some(input);
@@ -305,9 +399,9 @@ impl<'a> Listener<'a> {
 
     fn publish(&self) {
         let wire_bytes = self.machine.offset();
-        self.published.update(|status| {
+        self.shared.published.update(|status| {
             status.wire_bytes = wire_bytes;
-            publish_ram(status, self.ram);
+            publish_ram(status, self.shared.ram);
         });
     }
 }

@@ -1,8 +1,11 @@
 //! Where a postcopy that was interrupted gets its next connection.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use vmferry_channel::Channel;
+
+use crate::status::{Published, State};
 
 /// Where a postcopy that was interrupted gets its next connection. Clones are the same place.
 #[derive(Clone, Debug, Default)]
@@ -17,8 +20,8 @@ struct Inner {
 #[derive(Debug, Default)]
 struct Place {
     channel: Option<Channel>,
-    awaited: bool,
-    is_being_told: bool,
+    /// Who waits for one; told when it is there.
+    awaited_by: Option<Published>,
     closed: bool,
 }
 
@@ -33,18 +36,20 @@ impl Reconnections {
     /// # Errors
     /// Nobody waits for one.
     pub fn offer(&self, channel: Channel) -> Result<(), NotPaused> {
-        let mut place = self.lock();
-        if !place.awaited || place.closed {
-            return Err(NotPaused);
-        }
-        place.awaited = false;
-        place.channel = Some(channel);
-        self.0.changed.notify_all();
-        // Whoever takes it does no more than tell that, and looks here again.
-        let taken = self.0.changed.wait_while(place, |place| {
-            place.channel.is_some() || place.is_being_told
+        let published = {
+            let mut place = self.lock();
+            match place.awaited_by.take() {
+                Some(published) if !place.closed => published,
+                _ => return Err(NotPaused),
+            }
+        };
+        // Before it can be taken, for that may fail at once.
+        published.update(|status| {
+            status.state = State::PostcopyRecover;
+            channel.peer().clone_into(&mut status.peer);
         });
-        drop(taken.unwrap_or_else(PoisonError::into_inner));
+        self.lock().channel = Some(channel);
+        self.0.changed.notify_all();
         Ok(())
     }
 
@@ -57,26 +62,27 @@ impl Reconnections {
     }
 
     /// One is wanted: it may be offered from now on.
-    pub(super) fn ask(&self) {
-        self.lock().awaited = true;
+    pub(super) fn ask(&self, published: &Published) {
+        self.lock().awaited_by = Some(published.clone());
     }
 
-    /// The one that was asked for, after `tell` was called with it; `None` when there will be none.
-    pub(super) fn next(&self, tell: impl FnOnce(&Channel)) -> Option<Channel> {
-        let changed = &self.0.changed;
-        let is_awaited = |place: &mut Place| place.channel.is_none() && !place.closed;
-        let place = changed.wait_while(self.lock(), is_awaited);
+    /// The one that was asked for; `None` when there will be none, or when it is of no use any more.
+    /// Who sets `useless` calls [`Reconnections::look`].
+    pub(super) fn next(&self, useless: &AtomicBool) -> Option<Channel> {
+        let is_over = |place: &Place| place.closed || useless.load(Ordering::Acquire);
+        let place = self.0.changed.wait_while(self.lock(), |place| {
+            place.channel.is_none() && !is_over(place)
+        });
         let mut place = place.unwrap_or_else(PoisonError::into_inner);
-        let channel = place.channel.take();
-        place.awaited = false;
-        place.is_being_told = true;
-        drop(place);
-        if let Some(channel) = &channel {
-            tell(channel);
-        }
-        self.lock().is_being_told = false;
-        changed.notify_all();
-        channel
+        let over = is_over(&place);
+        place.awaited_by = None;
+        place.channel.take().filter(|_| !over)
+    }
+
+    /// Let who waits look again whether it is of any use.
+    pub(super) fn look(&self) {
+        drop(self.lock());
+        self.0.changed.notify_all();
     }
 
     fn lock(&self) -> MutexGuard<'_, Place> {

@@ -1,6 +1,8 @@
 //! Whole machines, at both ends, in one process.
 
+mod breaks;
 mod disks;
+mod liars;
 mod recovery;
 mod refusals;
 mod switches;

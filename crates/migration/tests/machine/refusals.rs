@@ -2,9 +2,12 @@
 
 use std::os::unix::net::UnixStream;
 
-use vmferry_migration::State;
+use vmferry_channel::Direction;
+use vmferry_migration::{
+    Capabilities, Parameters, Published, RunningSource, SourceJob, State, Target,
+};
 
-use crate::vm::{Pair, Vm, rng};
+use crate::vm::{Pair, Vm, channel, rng};
 
 /// Before the guest runs there, and it is known not to, it goes on at home.
 #[test]
@@ -62,4 +65,30 @@ fn both_must_expect_a_postcopy() {
     );
     from.goes_on(1000);
     from.stop();
+}
+
+/// It would run here and there.
+#[test]
+fn a_background_snapshot_is_no_migration() {
+    let (from, to) = (Vm::running(&mut rng()), Vm::empty());
+    let mut machine = from.source(false);
+    machine.ram_options.background_snapshot = true;
+    let (here, _there) = UnixStream::pair().expect("a pair");
+    let (channel, stop) = channel(here, Direction::Outgoing);
+    let job = SourceJob {
+        disks: Vec::new(),
+        target: Target::Channel(channel),
+        parameters: Parameters::default(),
+        capabilities: Capabilities::default(),
+        stop,
+    };
+    let refused = RunningSource::start_machine(job, machine, Published::default());
+    let error = refused.expect_err("refused").to_string();
+    assert_eq!(
+        error,
+        "a background snapshot is no migration: its guest runs on here"
+    );
+    from.goes_on(1000);
+    from.stop();
+    assert_eq!(to.runs(), 0);
 }

@@ -51,6 +51,10 @@ pub(crate) struct Registers {
 }
 
 impl Registers {
+    pub(crate) fn steps(&self) -> u64 {
+        self.steps
+    }
+
     fn check(&mut self, _version: u32) -> Result<(), String> {
         match self.poisoned {
             true => Err("poisoned".to_owned()),
@@ -124,7 +128,7 @@ impl Vm {
         })
     }
 
-    fn devices(&self) -> Vec<Registration<'static>> {
+    pub(crate) fn devices(&self) -> Vec<Registration<'static>> {
         vec![Registration::device(
             "vcpu",
             Box::new(Arc::clone(&self.registers)),
@@ -177,7 +181,7 @@ impl Vm {
         self.ram.blocks().iter().map(read).collect()
     }
 
-    fn source(&self, postcopy: bool) -> SourceMachine {
+    pub(crate) fn source(&self, postcopy: bool) -> SourceMachine {
         SourceMachine {
             machine: machine(),
             ram: Arc::<AnonymousRam>::clone(&self.ram),
@@ -194,7 +198,7 @@ impl Vm {
         }
     }
 
-    fn destination(&self, postcopy: bool) -> DestinationMachine {
+    pub(crate) fn destination(&self, postcopy: bool) -> DestinationMachine {
         DestinationMachine {
             machine: machine(),
             ram: Arc::<AnonymousRam>::clone(&self.ram),
@@ -311,15 +315,26 @@ impl Pair {
         Self::between(from.source(postcopy), to.destination(postcopy), ends, disks)
     }
 
-    fn between(
+    pub(crate) fn between(
         from: SourceMachine,
         to: DestinationMachine,
         ends: (UnixStream, UnixStream),
         disks: Disks,
     ) -> Self {
-        let postcopy = from.ram_options.postcopy;
+        Self::watched(from, to, ends, disks, Published::default())
+    }
+
+    /// `published` tells how it goes there.
+    pub(crate) fn watched(
+        from: SourceMachine,
+        to: DestinationMachine,
+        ends: (UnixStream, UnixStream),
+        disks: Disks,
+        published: Published,
+    ) -> Self {
         let (here, there) = ends;
-        let (reconnections, published) = (Reconnections::default(), Published::default());
+        let postcopy = from.ram_options.postcopy;
+        let reconnections = Reconnections::default();
         let destination = {
             let (reconnections, published) = (reconnections.clone(), published.clone());
             let disk = disks.1.map(|node| DestinationDisk { node, record: None });
@@ -356,6 +371,16 @@ impl Pair {
             reconnections,
             published,
         }
+    }
+
+    /// It has ended there, within [`PATIENCE`].
+    pub(crate) fn has_ended(&self) -> bool {
+        let begun = std::time::Instant::now();
+        let thread = self.destination.as_ref().expect("not asked yet");
+        while !thread.is_finished() && begun.elapsed() < PATIENCE {
+            thread::yield_now();
+        }
+        thread.is_finished()
     }
 
     /// How it ended there.
@@ -399,7 +424,7 @@ impl Pair {
     }
 }
 
-fn channel(socket: UnixStream, direction: Direction) -> (Channel, Stop) {
+pub(crate) fn channel(socket: UnixStream, direction: Direction) -> (Channel, Stop) {
     let stop = Stop::new().expect("an event");
     let channel = Channel::from_fd(OwnedFd::from(socket), direction, "the test", &stop);
     (channel.expect("a socket"), stop)

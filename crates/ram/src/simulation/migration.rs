@@ -369,7 +369,9 @@ impl Machine {
         if plan.cancel_at.is_some_and(|at| at > self.steps_max) {
             return self.cancel();
         }
-        let sent = packing.send_package(&stopped, registry, Some(PACKAGE_LOADED), sink);
+        let sent = packing
+            .pack(&stopped, registry, Some(PACKAGE_LOADED))
+            .and_then(|packed| packed.send(sink));
         let Ok(mut postcopy) = sent else {
             // Not all of the package was accepted: it cannot have come.
             assert_ne!(self.target_state(), State::Listening);

@@ -184,6 +184,16 @@ impl OutgoingRam {
         listed.map(|block| block.name.clone()).collect()
     }
 
+    /// Bytes of the bitmap that RECV_BITMAP is answered with; `None` if there is no such block that is
+    /// sent.
+    #[must_use]
+    pub fn bitmap_bytes(&self, block: &Name) -> Option<u64> {
+        let state = self.0.lock();
+        let index = state.by_name.get(block)?.0;
+        let layout = &state.blocks.get(index)?.layout;
+        layout.travels.then(|| layout.pages.div_ceil(64) * 8)
+    }
+
     /// Recovery: the destination has these pages of a block, as it says in RECV_BITMAP (`postcopy.md`
     /// §7). Exactly the others will be sent.
     ///

@@ -5,8 +5,8 @@
 //!   begin ──▶ Iterating ── try_complete ──▶ Completing ── end_live ──▶ LiveEnded ── save_devices ──▶ Ended ── finish
 //!               ▲    │  └──── NotYet ────┐
 //!               └────┼───────────────────┘
-//!                    │                        ENDs, discards           LISTEN, FULLs, RUN      PARTs        ENDs, EOF
-//!                    └─ try_postcopy ──▶ Switching ── end_live ──▶ Packing ── send_package ──▶ Postcopy ── complete
+//!                    │                        ENDs, discards                  LISTEN, FULLs, RUN   PARTs        ENDs, EOF
+//!                    └─ try_postcopy ──▶ Switching ── end_live ──▶ Packing ── pack ──▶ Packed ── send ──▶ Postcopy ── complete
 //! ```
 //!
 //! Each step consumes the one before, so that no END can be written before every bulk phase is
@@ -26,7 +26,7 @@ use crate::machine::Machine;
 use crate::registry::{Blocked, Registry};
 
 use flow::Flow;
-pub use postcopy::{Packing, Postcopy, Switching};
+pub use postcopy::{Packed, Packing, Postcopy, Switching};
 
 /// A stream could not be written.
 #[derive(Debug, thiserror::Error)]

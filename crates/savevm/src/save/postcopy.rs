@@ -30,6 +30,14 @@ pub struct Packing {
     flow: Box<Flow>,
 }
 
+/// The devices are saved, too.
+#[derive(Debug)]
+pub struct Packed {
+    flow: Box<Flow>,
+    command: Vec<u8>,
+    package: Vec<u8>,
+}
+
 /// The guest runs, or is about to run, at the destination. There is no way back.
 #[derive(Debug)]
 pub struct Postcopy {
@@ -128,19 +136,17 @@ impl Packing {
         self.flow.command(command, sink)
     }
 
-    /// Write, as one piece, the package: the state of every device that needs it, and the order to
-    /// run. With `ping`, the destination answers when it has loaded the devices. Whoever called must
-    /// serve pages at once: loading devices reads guest memory.
+    /// Put together the package: the state of every device that needs it, and the order to run. With
+    /// `ping`, the destination answers when it has loaded the devices. Nothing is sent.
     ///
     /// # Errors
-    /// A device or the channel failed; the devices have too much state.
-    pub fn send_package(
+    /// A device failed; the devices have too much state.
+    pub fn pack(
         mut self,
         _stopped: &GuestStopped,
         registry: &mut Registry<'_>,
         ping: Option<u32>,
-        sink: &mut dyn Sink,
-    ) -> Result<Postcopy, SaveError> {
+    ) -> Result<Packed, SaveError> {
         let flow = &mut self.flow;
         let mut package = Vec::new();
         flow.encode(&Record::Command(Command::PostcopyListen), &mut package);
@@ -154,7 +160,22 @@ impl Packing {
             bytes: package_bytes(package.len())?,
         };
         flow.encode(&Record::Command(packaged), &mut command);
-        sink.put(&[&command, &package])
+        Ok(Packed {
+            flow: self.flow,
+            command,
+            package,
+        })
+    }
+}
+
+impl Packed {
+    /// Write the package as one piece. Whoever called must serve pages at once: loading devices reads
+    /// guest memory.
+    ///
+    /// # Errors
+    /// The channel failed. A package that did not go out whole runs nothing.
+    pub fn send(self, sink: &mut dyn Sink) -> Result<Postcopy, SaveError> {
+        sink.put(&[&self.command, &self.package])
             .map_err(SaveError::Channel)?;
         Ok(Postcopy { flow: self.flow })
     }

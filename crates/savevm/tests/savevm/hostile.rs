@@ -62,7 +62,9 @@ fn postcopy() -> Vec<u8> {
         panic!("nothing is left");
     };
     let packing = switching.end_live(&stopped, registry, sink).expect("ended");
-    let running = packing.send_package(&stopped, registry, Some(3), sink);
+    let running = packing
+        .pack(&stopped, registry, Some(3))
+        .and_then(|packed| packed.send(sink));
     running
         .expect("sent")
         .complete(registry, sink)

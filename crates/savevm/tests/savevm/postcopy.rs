@@ -73,7 +73,8 @@ fn postcopy(opening: &Opening, registry: &mut Registry<'_>) -> Vec<u8> {
     packing.command(Command::Ping(2), &mut sink).expect("sent");
     sink.puts_left = Some(1);
     let mut postcopy = packing
-        .send_package(&stopped, registry, Some(3), &mut sink)
+        .pack(&stopped, registry, Some(3))
+        .and_then(|packed| packed.send(&mut sink))
         .expect("the package is one piece");
     sink.puts_left = None;
     postcopy.command(Command::Ping(4), &mut sink).expect("sent");
@@ -292,7 +293,11 @@ fn a_broken_channel_is_noticed_at_every_write() {
         let stopped = GuestStopped::assert_drained();
         let result = begin(&advised(Some(PAGES)), &mut registry, &mut sink)
             .and_then(|iterating| switch(iterating, &mut registry, &mut sink))
-            .and_then(|packing| packing.send_package(&stopped, &mut registry, None, &mut sink))
+            .and_then(|packing| {
+                packing
+                    .pack(&stopped, &mut registry, None)
+                    .and_then(|packed| packed.send(&mut sink))
+            })
             .map_err(|error| error.to_string())
             .and_then(|mut postcopy| {
                 let completed = postcopy.complete(&mut registry, &mut sink);
@@ -324,7 +329,9 @@ fn an_interrupted_end_is_completed_on_a_new_connection() {
     let stopped = GuestStopped::assert_drained();
     let iterating = begin(&advised(Some(PAGES)), &mut registry, &mut sink).expect("begun");
     let packing = switch(iterating, &mut registry, &mut sink).expect("advised");
-    let running = packing.send_package(&stopped, &mut registry, None, &mut sink);
+    let running = packing
+        .pack(&stopped, &mut registry, None)
+        .and_then(|packed| packed.send(&mut sink));
     sink.puts_left = Some(1);
     let mut postcopy = running.expect("sent");
     let broken = postcopy.complete(&mut registry, &mut sink);
