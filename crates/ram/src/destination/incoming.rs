@@ -13,7 +13,7 @@ use super::faults::{Faults, Kernel};
 use super::memory::Memory;
 use super::requests::Requests;
 use super::stats::RamDestinationStats;
-use crate::block::PAGE_BYTES;
+use crate::block::{PAGE_BYTES, Sharing};
 use crate::userfault::{Userfault, UserfaultError};
 
 /// How far the postcopy is, as far as memory is concerned.
@@ -179,8 +179,11 @@ impl IncomingRam {
         *phase = Phase::Advised;
         for (_, block) in memory.travelling() {
             block.forbid_huge_pages();
-            let bytes = block.used_bytes().next_multiple_of(block.page_bytes());
-            block.forget(0, bytes)?;
+            // Shared memory when the list has said that it travels.
+            if block.sharing() == Sharing::Private {
+                let bytes = block.used_bytes().next_multiple_of(block.page_bytes());
+                block.forget(0, bytes)?;
+            }
         }
         Ok(())
     }

@@ -8,7 +8,7 @@ use vmferry_stream::Name;
 
 use super::error::RamDestinationError;
 use super::memory::Memory;
-use crate::block::{BlockIndex, PAGE_BYTES};
+use crate::block::{BlockIndex, PAGE_BYTES, Sharing};
 
 /// How much of the list has come.
 #[derive(Debug, Default)]
@@ -153,13 +153,18 @@ fn check(
             here: used_bytes,
             reason,
         })?;
-        let first = used_bytes.next_multiple_of(page_bytes);
-        let grown = here
-            .used_bytes()
-            .next_multiple_of(page_bytes)
-            .saturating_sub(first);
-        if terms.is_advised && grown > 0 && !memory.is_ignored(index) {
-            here.forget(first, grown)?;
+    }
+    if terms.is_advised && !memory.is_ignored(index) {
+        // What is private was emptied before. Shared memory may be that of the source, which says only
+        // by now that it does not share it.
+        let first = match here.sharing() {
+            Sharing::Private => used_bytes.next_multiple_of(page_bytes),
+            Sharing::Shared => 0,
+        };
+        let end = here.used_bytes().next_multiple_of(page_bytes);
+        let length = end.saturating_sub(first);
+        if length > 0 {
+            here.forget(first, length)?;
         }
     }
     Ok(())

@@ -181,6 +181,50 @@ fn orders_come_in_their_order() {
     );
 }
 
+/// The source may be a process here, with the same file, that does not send what both have.
+#[test]
+fn advice_leaves_shared_memory_to_the_source() {
+    if !can_postcopy() {
+        return;
+    }
+    let shared = |sharing| BlockLayout {
+        sharing,
+        ..layout("m0", 4)
+    };
+    let source = AnonymousRam::with_layouts(vec![shared(Sharing::Shared)]).unwrap();
+    let bytes = [7; 4 * PAGE_BYTES as usize];
+    source.blocks()[0].write(0, &bytes).unwrap();
+    let file = source.file(BlockIndex(0)).unwrap();
+    let file = file.try_clone_to_owned().unwrap();
+    let target = AnonymousRam::with_files(vec![(shared(Sharing::Shared), Some(file))]).unwrap();
+    let options = RamDestinationOptions {
+        postcopy: true,
+        ignore_shared: false,
+    };
+    let mut handler = RamDestination::new(Arc::new(target), options).unwrap();
+    handler.incoming().advise().unwrap();
+    let entry = |guest_address| RamRecord::Block {
+        name: name("m0"),
+        used_bytes: 4 * PAGE_BYTES,
+        page_bytes: None,
+        guest_address,
+        mapped: None,
+    };
+    let is_there = || source.blocks()[0].is_filled(0, bytes.len(), 7).unwrap();
+    feed(&mut handler, &list_of(vec![entry(Some(0))])).expect_err("ignored at the source");
+    assert!(is_there(), "its memory is gone");
+
+    let target = AnonymousRam::with_layouts(vec![shared(Sharing::Shared)]).unwrap();
+    target.blocks()[0].write(0, &bytes).unwrap();
+    let target = Arc::new(target);
+    let ram: Arc<AnonymousRam> = Arc::clone(&target);
+    let mut handler = RamDestination::new(ram, options).unwrap();
+    handler.incoming().advise().unwrap();
+    feed(&mut handler, &list_of(vec![entry(None)])).unwrap();
+    let is_empty = target.blocks()[0].is_filled(0, bytes.len(), 0);
+    assert!(is_empty.unwrap(), "it travels, so nothing of it is left");
+}
+
 #[test]
 fn only_pages_of_a_block_can_be_discarded() {
     if !can_postcopy() {
