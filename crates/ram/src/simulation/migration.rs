@@ -80,6 +80,8 @@ pub(super) struct Machine {
     geometry: Arc<Geometry>,
     options: RamSourceOptions,
     interval_ns: u64,
+    /// In so many steps nobody looks whether a precopy can complete.
+    steps_min: u32,
     /// After so many steps the guest is stopped, whatever is dirty.
     steps_max: u32,
     /// What may be dirty when it is stopped.
@@ -97,7 +99,7 @@ impl Machine {
         let line = Line::seeded(&mut rng);
         let options = RamSourceOptions {
             postcopy: rng.u8(..4) > 0,
-            xbzrle_cache_bytes: rng.bool().then(|| 5000 << rng.u32(..7)),
+            xbzrle_cache_bytes: (rng.u8(..3) > 0).then(|| 5000 << rng.u32(..7)),
             ignore_shared: geometry.ignore_shared,
             ..RamSourceOptions::default()
         };
@@ -136,6 +138,7 @@ impl Machine {
             line,
             options,
             interval_ns,
+            steps_min: if rng.bool() { 0 } else { rng.u32(..20) },
             steps_max: if rng.u8(..8) == 0 {
                 100
             } else {
@@ -161,7 +164,7 @@ impl Machine {
         let mut outcomes = vec![self.migrate(&plan)];
         if outcomes[0].is_here() {
             let plan = Plan {
-                postcopy_at: plan.postcopy_at,
+                postcopy_at: Plan::postcopy_at(&mut self.rng, self.options.postcopy),
                 ..Plan::default()
             };
             outcomes.push(self.migrate(&plan));
@@ -238,7 +241,7 @@ impl Machine {
             if plan.cancel_at == Some(steps) {
                 return self.cancel();
             }
-            self.world().pass_a_moment();
+            self.wait_a_little();
             if self.world().link.is_cut {
                 return Outcome::Broken;
             }
@@ -252,7 +255,7 @@ impl Machine {
                     Ready::NotYet(..) => panic!("nothing has to come before"),
                 }
             }
-            if plan.postcopy_at.is_some() {
+            if plan.postcopy_at.is_some() || steps <= self.steps_min {
                 if self.iterate(&mut iterating).is_err() {
                     return Outcome::Broken;
                 }
@@ -271,6 +274,15 @@ impl Machine {
                 return Outcome::Broken;
             }
         }
+    }
+
+    /// The engine has other things to do; guests write meanwhile.
+    fn wait_a_little(&mut self) {
+        let intervals = self.rng.u64(..4);
+        let mut world = self.world();
+        let until_ns = world.now_ns + intervals * self.interval_ns;
+        world.run_until(until_ns);
+        world.pass_a_moment();
     }
 
     fn iterate(&mut self, iterating: &mut Iterating) -> Result<(), ()> {
@@ -304,10 +316,9 @@ impl Machine {
     }
 
     /// The guest has been told to stop; it takes a while.
-    fn stop_guest(&mut self) -> GuestStopped {
+    fn stop_guest(&self, may_miss: bool) -> GuestStopped {
         let mut world = self.world();
         for page in self.geometry.pages() {
-            let may_miss = self.options.postcopy;
             assert!(
                 may_miss || world.source.was_read[page],
                 "the bulk phase is not over"
@@ -319,7 +330,7 @@ impl Machine {
     }
 
     fn complete(&mut self, completing: Completing, plan: &Plan) -> Outcome {
-        let stopped = self.stop_guest();
+        let stopped = self.stop_guest(false);
         let (registry, sink) = (&mut self.registry, &mut self.sink);
         let ended = completing
             .end_live(&stopped, registry, None, sink)
@@ -361,7 +372,7 @@ impl Machine {
     }
 
     fn switch(&mut self, switching: Switching, plan: &Plan) -> Outcome {
-        let stopped = self.stop_guest();
+        let stopped = self.stop_guest(true);
         let (registry, sink) = (&mut self.registry, &mut self.sink);
         let Ok(packing) = switching.end_live(&stopped, registry, sink) else {
             return Outcome::Broken;
@@ -495,10 +506,14 @@ impl Machine {
 }
 
 impl Plan {
+    fn postcopy_at(rng: &mut Rng, can_postcopy: bool) -> Option<u32> {
+        (can_postcopy && rng.u8(..4) > 0).then(|| rng.u32(1..8))
+    }
+
     fn seeded(rng: &mut Rng, total_bytes: u64, postcopy: bool) -> Self {
         let mut plan = Self {
             breaks_max: rng.u32(..=BREAKS_MAX),
-            postcopy_at: (postcopy && rng.u8(..4) > 0).then(|| rng.u32(1..8)),
+            postcopy_at: Self::postcopy_at(rng, postcopy),
             ..Self::default()
         };
         match rng.u8(..16) {

@@ -50,7 +50,7 @@ impl Source {
     pub(super) fn new(geometry: &Geometry, interval_ns: u64, rng: &mut Rng) -> (Self, MarkedLog) {
         let ram = geometry.ram(End::Source);
         let log = MarkedLog::new(&*ram);
-        let vcpus = (0..rng.u64(0..4)).map(|at| Vcpu {
+        let vcpus = (0..rng.u64(0..5)).map(|at| Vcpu {
             next_ns: at * 1000,
             unmarked: None,
         });
@@ -124,12 +124,18 @@ impl Source {
                 rng.fill(content);
                 0..PAGE
             }
-            1 => {
+            1 | 2 => {
                 content.fill(0);
                 0..PAGE
             }
-            2 => word..word + 8,
-            3 => {
+            3 => word..word + 8,
+            // Some values come again, as those of a lock or a counter do.
+            5 | 6 => {
+                let word = word % 32;
+                content[word..word + 8].fill(1 + rng.u8(..2));
+                word..word + 8
+            }
+            4 => {
                 let end = (word + 8 * rng.usize(1..32)).min(PAGE);
                 rng.fill(&mut content[word..end]);
                 word..end

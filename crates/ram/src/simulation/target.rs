@@ -85,6 +85,8 @@ pub(super) struct Target {
     takes_requests: bool,
     last_block: Option<Name>,
     asked: BTreeSet<Page>,
+    /// Host pages that somebody is known to wait for, in that order.
+    wanted: Vec<Page>,
     ask_ns: Option<u64>,
     actors: Vec<Actor>,
     faults: Vec<Fault>,
@@ -156,6 +158,7 @@ impl Target {
             takes_requests: false,
             last_block: None,
             asked: BTreeSet::new(),
+            wanted: Vec::new(),
             ask_ns: None,
             actors: Vec::new(),
             faults: Vec::new(),
@@ -191,16 +194,7 @@ impl Target {
             .position(|fault| fault.handled_ns <= now_ns)
         {
             let fault = self.faults.swap_remove(due);
-            let seen = around.base + nanoseconds(fault.read_ns);
-            self.incoming
-                .touched(fault.page.0, fault.page.1 * PAGE_BYTES, seen);
-            self.faults_seen += 1;
-            let revived = self.after_the_kernel(around);
-            assert!(
-                revived.iter().all(|page| !self.missing.contains(page)),
-                "a missing page was made up"
-            );
-            self.revived += revived.len() as u64;
+            self.handle(&fault, around);
             self.ask_soon(around);
         }
         for actor in 0..self.actors.len() {
@@ -209,6 +203,27 @@ impl Target {
             }
         }
         self.check_limits();
+    }
+
+    /// The destination gets to know that somebody waits.
+    fn handle(&mut self, fault: &Fault, around: &mut Around<'_>) {
+        let (page, seen) = (fault.page, around.base + nanoseconds(fault.read_ns));
+        self.incoming.touched(page.0, page.1 * PAGE_BYTES, seen);
+        self.faults_seen += 1;
+        let revived = self.after_the_kernel(around);
+        self.revived += revived.len() as u64;
+        if self.missing.contains(&page) {
+            assert!(revived.is_empty(), "a missing page was made up");
+            if !self.wanted.contains(&page) {
+                self.wanted.push(page);
+            }
+            return;
+        }
+        let waits = |actor: &Actor| actor.waits == Some(page);
+        assert!(
+            !self.actors.iter().any(waits),
+            "nobody will wake who waits for {page:?}"
+        );
     }
 
     /// Bytes have come over the link.
@@ -466,6 +481,7 @@ impl Target {
     fn placed_by_the_source(&mut self, around: &mut Around<'_>) {
         for page in self.after_the_kernel(around) {
             assert!(self.missing.remove(&page), "{page:?} came, but was there");
+            self.wanted.retain(|wanted| *wanted != page);
             for page in self.geometry.host_page_pages(page) {
                 assert!(
                     self.ram.page(page) == self.truth.page(page),
@@ -567,11 +583,10 @@ impl Target {
             let host_pages = self.geometry.shapes[page.0].host_pages;
             assert_eq!(page, self.geometry.host_page(page));
             assert_eq!(u64::from(request.bytes), host_pages * PAGE_BYTES);
-            assert!(self.asked.insert(page), "{page:?} was asked for twice");
-            assert!(
-                self.missing.contains(&page),
-                "{page:?} is asked for, and there"
-            );
+            let mut wanted = self.wanted.iter();
+            let first = wanted.find(|page| !self.asked.contains(page));
+            assert_eq!(first, Some(&page), "who came first is asked for first");
+            self.asked.insert(page);
             let is_same = self.last_block.as_ref() == Some(&request.block);
             let message = ReturnMessage::RequestPages {
                 block: (!is_same).then(|| request.block.clone()),
@@ -581,6 +596,11 @@ impl Target {
             self.last_block = Some(request.block);
             self.say(&message, around);
         }
+        let is_asked = |page: &Page| self.asked.contains(page);
+        assert!(
+            !self.takes_requests || self.wanted.iter().all(is_asked),
+            "somebody waits for a page that is not asked for"
+        );
     }
 
     /// What is told to be here is what is here.
