@@ -9,13 +9,14 @@
 //! | SHUT 1 before it | here: the guest did not run there |
 //! | nothing | held, until a person decides or the next connection tells |
 
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::RecvTimeoutError;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
 use vmferry_channel::Stop;
-use vmferry_ram::OutgoingRam;
+use vmferry_ram::{OutgoingRam, PAGE_BYTES};
 use vmferry_savevm::{Packed, Postcopy, Progress};
 use vmferry_stream::Command;
 
@@ -120,7 +121,15 @@ impl Engine {
         following: &mut Following,
         sink: &mut ChannelSink,
     ) -> Result<Outcome, String> {
-        let mut pace = Pace::new(sink.taken_bytes());
+        let stats = following.sections.ram.as_ref().map(OutgoingRam::stats);
+        // A page of zeroes is short on the wire, and has to be placed like any other.
+        let sent_bytes = || {
+            let pages = stats
+                .as_ref()
+                .map(|it| it.sent_pages.load(Ordering::Relaxed));
+            pages.unwrap_or(0).saturating_mul(PAGE_BYTES)
+        };
+        let mut pace = Pace::new(sent_bytes());
         let mut is_open = true;
         loop {
             let now = Instant::now();
@@ -138,13 +147,13 @@ impl Engine {
                 ..
             } = &mut following.sections;
             let is_requested = |ram: &OutgoingRam| ram.wait_for_request(now);
-            is_open = pace.is_open(sink.taken_bytes());
+            is_open = pace.is_open(sent_bytes());
             if !is_open && !ram.as_ref().is_some_and(is_requested) {
                 continue;
             }
             let progress = following.postcopy.iterate(registry, sink);
             let progress = progress.map_err(|error| error.to_string())?;
-            if let Some(value) = pace.next_ping(sink.taken_bytes(), Instant::now()) {
+            if let Some(value) = pace.next_ping(sent_bytes(), Instant::now()) {
                 let sent = following.postcopy.command(Command::Ping(value), sink);
                 sent.map_err(|error| error.to_string())?;
             }

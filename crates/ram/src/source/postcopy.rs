@@ -7,11 +7,14 @@ use super::RamSource;
 use crate::block::{BlockIndex, PAGE_BYTES, RamBlock};
 
 /// Pages that are taken, and read, at once: a request waits for them.
-const RUN_PAGES: u64 = 16;
+const RUN_PAGES: u64 = 8;
 
 /// A PART is ended after this many bytes, and after a request was served. As little as is taken at
 /// once: whoever sends it asks in between how much more may be under way.
 const PART_BYTES_MAX: u64 = RUN_PAGES * PAGE_BYTES;
+
+/// And after so many pages, if they are zeroes.
+const PART_PAGES_MAX: u64 = 4 * RUN_PAGES;
 
 /// Ranges that are told at once.
 const RANGES_MAX: usize = 1 << 10;
@@ -41,17 +44,20 @@ impl RamSource {
         sink: &mut dyn Sink,
     ) -> Result<Progress, HandlerError> {
         self.take_up_again();
-        let before = self.writer.wire_bytes();
+        let (before, mut pages) = (self.writer.wire_bytes(), 0);
         let progress = loop {
             let served = self.take_request();
             let Some(run) = self.schedule.next(RUN_PAGES) else {
                 break Progress::Finished;
             };
             self.send(&run, sink)?;
+            pages += run.pages.end - run.pages.start;
             let is_served = served && !self.schedule.is_serving() && !self.shared.has_request();
             match until {
                 Until::Part { bytes_max }
-                    if is_served || self.writer.wire_bytes() - before >= bytes_max =>
+                    if is_served
+                        || self.writer.wire_bytes() - before >= bytes_max
+                        || pages >= PART_PAGES_MAX =>
                 {
                     break Progress::Unfinished;
                 }
