@@ -43,7 +43,7 @@ pub(super) enum End {
 impl Geometry {
     pub(super) fn seeded(rng: &mut Rng) -> Self {
         let ignore_shared = rng.bool();
-        let large = rng.u8(..12) == 0;
+        let large = rng.u8(..6) == 0;
         let mut shapes = vec![Shape::new(
             "pc.ram",
             rng.u64(1..if large { 90 } else { 20 }),

@@ -26,7 +26,7 @@ const PACKAGE_LOADED: u32 = 3;
 /// What small waits may take together.
 const MOMENTS_NS: u64 = 1_000_000_000;
 /// Connections of one postcopy that may break.
-const BREAKS_MAX: u32 = 5;
+const BREAKS_MAX: u32 = 8;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Outcome {
@@ -222,7 +222,8 @@ impl Machine {
         let link = Link::new(self.line, plan.cut);
         let postcopy = self.options.postcopy;
         let described = described(&self.geometry);
-        let (geometry, interval_ns) = (&self.geometry, self.interval_ns);
+        // Memory is touched faster than it comes.
+        let (geometry, interval_ns) = (&self.geometry, self.line.takes_ns(PAGE_BYTES) / 4);
         let target = Target::new(geometry, postcopy, described, interval_ns, &mut self.rng);
         let pass_ns = self.line.takes_ns(geometry.total_bytes());
         let patience_ns = pass_ns * 200 + self.line.latency_ns * 1000 + self.interval_ns * 2000;

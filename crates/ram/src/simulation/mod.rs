@@ -21,7 +21,7 @@
 //! | before the package nothing is lost at the source, after it nothing at the destination | [`migration`] |
 //! | everything ends: no wait without an event, bounded steps, bounded time | [`world::World::step`] |
 //!
-//! `VMFERRY_SEED=n VMFERRY_RUN=1` runs schedule `n` alone; `VMFERRY_LONG=1` runs ten times as many.
+//! `VMFERRY_SEED=n VMFERRY_RUN=1` runs schedule `n` alone; `VMFERRY_LONG=1` runs 50,000.
 
 mod ear;
 mod geometry;
@@ -39,11 +39,11 @@ use fastrand::Rng;
 
 use migration::Outcome;
 
-const SCHEDULES: u64 = 5_000;
+const SCHEDULES: u64 = 3_000;
 const SCHEDULES_LONG: u64 = 50_000;
 
 #[test]
-fn five_thousand_schedules() {
+fn every_schedule_ends_well() {
     let seed = std::env::var("VMFERRY_SEED").ok();
     let seed = seed.and_then(|seed| seed.parse::<u64>().ok());
     let base = seed.unwrap_or_else(|| fastrand::u64(..u64::MAX / 2));

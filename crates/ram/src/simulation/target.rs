@@ -418,13 +418,15 @@ impl Target {
     }
 
     fn start_vcpus(&mut self, around: &mut Around<'_>) {
+        // No fewer than there were devices, whose turn it may be.
+        let vcpus = around.rng.u32(3..9);
         let vcpu = |_| Actor {
             next_ns: Some(around.now_ns + 1),
             wants: None,
             waits: None,
             touches_left: u32::MAX,
         };
-        self.actors = (0..4).map(vcpu).collect();
+        self.actors = (0..vcpus).map(vcpu).collect();
     }
 
     /// EOF of a postcopy.
