@@ -9,6 +9,9 @@ use vmferry_migration::{
 
 use crate::vm::{Pair, Vm, channel, rng};
 
+/// What the source can know of it.
+const REFUSED: &str = "the destination refused or failed (SHUT 1); its own messages say why";
+
 /// Before the guest runs there, and it is known not to, it goes on at home.
 #[test]
 fn a_device_that_cannot_be_loaded_keeps_the_guest_at_home() {
@@ -23,6 +26,7 @@ fn a_device_that_cannot_be_loaded_keeps_the_guest_at_home() {
         }
         let status = pair.wait();
         assert_eq!(status.state, State::Failed, "{status:?}");
+        assert_eq!(status.error.as_deref(), Some(REFUSED));
         let error = pair.received().expect_err("poisoned").to_string();
         assert!(
             error.contains("'vcpu'") && error.ends_with("poisoned"),
@@ -43,6 +47,7 @@ fn memory_that_does_not_fit_keeps_the_guest_at_home() {
     let mut pair = Pair::begin(&from, &to, false, ends);
     let status = pair.wait();
     assert_eq!(status.state, State::Failed, "{status:?}");
+    assert_eq!(status.error.as_deref(), Some(REFUSED));
     let error = pair.received().expect_err("too small").to_string();
     assert!(error.contains("pc.ram"), "{error}");
     from.goes_on(1000);
