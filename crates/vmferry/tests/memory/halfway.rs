@@ -136,6 +136,9 @@ impl Guest for Handle {
     }
 }
 
+/// What is sent in the second pass may go as what changed.
+const FEWEST_PASSES: u64 = 3;
+
 impl Halfway {
     fn new(layout: &Layout) -> Self {
         Self {
@@ -212,8 +215,11 @@ impl Halfway {
             let answer = qemu.qmp.execute("query-migrate", &json!({}));
             let passes = answer["ram"]["dirty-sync-count"].as_u64();
             let enough = passes > Some(way.passes) && line.carried() > 64 << 10;
-            assert!(enough || !receiver.is_finished(), "{answer}");
-            enough.then_some(())
+            // A guest that is given little time to write lets its precopy complete, in fewer passes.
+            let is_over = receiver.is_finished();
+            let complete = is_over && !way.postcopy && passes >= Some(FEWEST_PASSES);
+            assert!(enough || complete || !is_over, "{answer}");
+            (enough || complete).then_some(())
         });
         match way.postcopy {
             true => drop(qemu.qmp.execute("migrate-start-postcopy", &json!({}))),
