@@ -16,6 +16,7 @@ use vmferry_savevm::{
 use vmferry_stream::{Command as StreamCommand, Name};
 
 use crate::convergence::{Forecast, stall_message};
+use crate::guest::Vcpus;
 use crate::hand_over::{CancelGate, CommitError, Committed, Decision, SourceDisk};
 use crate::line::Line;
 use crate::moving::{Figures, Moving, Sections};
@@ -186,26 +187,13 @@ impl Engine {
             sections,
             ..
         } = moving;
-        let mut postcopy = None;
-        let switch = match kind {
+        match kind {
             Switch::Precopy(ended) => {
                 sections.end();
-                Some(ended)
+                let committed = self.commit(leases, vcpus)?;
+                self.hand_over(committed, ended, sink, two_way, held_at)
             }
-            Switch::Postcopy(packed) => {
-                postcopy = Some((packed, sections));
-                None
-            }
-        };
-        let committed = self.check_cancelled().and_then(|()| {
-            Committed::commit(leases, vcpus, &self.peer, &self.gate).map_err(|e| match e {
-                CommitError::Record(error) => SourceFailure::Record(error),
-                CommitError::Cancelled => SourceFailure::Cancelled,
-            })
-        });
-        match (switch, postcopy) {
-            (Some(ended), _) => self.hand_over(committed?, ended, sink, two_way, held_at),
-            (None, Some((packed, sections))) => match committed {
+            Switch::Postcopy(packed) => match self.commit(leases, vcpus) {
                 Ok(committed) => {
                     self.switch_to_postcopy(committed, packed, sections, sink, held_at)
                 }
@@ -214,8 +202,16 @@ impl Engine {
                     Err(error)
                 }
             },
-            (None, None) => Err(SourceFailure::Panic),
         }
+    }
+
+    /// Up to here it can be cancelled. On failure everything stays.
+    fn commit(&self, leases: Leases, vcpus: Vcpus) -> Result<Committed, SourceFailure> {
+        self.check_cancelled()?;
+        Committed::commit(leases, vcpus, &self.peer, &self.gate).map_err(|error| match error {
+            CommitError::Record(error) => SourceFailure::Record(error),
+            CommitError::Cancelled => SourceFailure::Cancelled,
+        })
     }
 
     /// Open the channel, and listen to it.

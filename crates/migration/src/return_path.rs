@@ -213,3 +213,32 @@ impl Listening {
         self.events.send(Event::Wake).map_err(|_| String::new())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::channel;
+
+    use super::*;
+
+    #[test]
+    fn messages_that_nobody_hears_do_not_pile_up() {
+        let (sender, inbox) = channel();
+        let unheard = Arc::default();
+        let heralds = Heralds::new(sender, Arc::clone(&unheard));
+        for message in 0..UNHEARD_MAX {
+            heralds
+                .send(Event::Shut(0))
+                .unwrap_or_else(|error| panic!("{message}: {error}"));
+        }
+        let refused = heralds.send(Event::Shut(0)).expect_err("too many");
+        let words = "the destination has sent 8192 messages that nobody waits for";
+        assert_eq!(refused, words);
+        assert_eq!(inbox.try_iter().count(), UNHEARD_MAX);
+        // As the engine does with each.
+        unheard.fetch_sub(1, Ordering::AcqRel);
+        heralds.send(Event::Shut(0)).expect("one was heard");
+        // Why it ends is always told.
+        heralds.last(Event::ReturnClosed(refused));
+        assert_eq!(inbox.try_iter().count(), 2);
+    }
+}
