@@ -13,6 +13,7 @@ mod guest;
 #[cfg(test)]
 mod simulation;
 mod source;
+mod stored;
 mod sys;
 #[cfg(test)]
 mod testing;
@@ -35,6 +36,7 @@ pub use source::{
     OutgoingRam, RamSource, RamSourceError, RamSourceOptions, RamSourceStats, RecoverError,
     RequestError, Throttle, ThrottleParameters,
 };
+pub use stored::{STORED_PAGES_MAX, StoredPages, StoredRam, StoredRange};
 pub use userfault::{Fault, Placed, Userfault, UserfaultError, check_postcopy};
 #[cfg(feature = "vm-memory")]
 pub use vm_memory::{VmMemory, VmMemoryLog};

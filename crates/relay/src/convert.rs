@@ -1,0 +1,1 @@
+//! A parked machine in another form: plain stream, mapped-ram file.

@@ -1,0 +1,1 @@
+//! A machine that comes in is kept in a file.

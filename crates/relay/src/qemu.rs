@@ -1,0 +1,1 @@
+//! A QEMU that takes part, by its QMP socket.

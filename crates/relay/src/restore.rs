@@ -1,0 +1,1 @@
+//! A parked machine as the source of a migration.
