@@ -1,6 +1,8 @@
 //! A guest of 300 bytes that checks its memory, over and over, and says so: it needs no time to boot.
 
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use tempfile::TempDir;
 
@@ -55,9 +57,12 @@ const PROGRAM: [u8; 294] = [
     0x00, 0x08, 0x01, 0x0f, 0x00,
 ];
 
-/// A guest and what it printed, on one host after the other.
+/// A guest and what it printed, on one host after the other. A clone has the same past, and a future of its own.
+#[derive(Clone)]
 pub(crate) struct Checker {
-    dir: TempDir,
+    dir: Arc<TempDir>,
+    /// How many consoles there are, those of clones too.
+    hosts: Arc<AtomicU64>,
     consoles: Vec<PathBuf>,
     machine: &'static str,
 }
@@ -79,7 +84,8 @@ impl Checker {
         firmware[RESET..][..JUMP.len()].copy_from_slice(&JUMP);
         std::fs::write(dir.path().join("firmware"), firmware).expect("room for the firmware");
         Self {
-            dir,
+            dir: Arc::new(dir),
+            hosts: Arc::default(),
             consoles: Vec::new(),
             machine,
         }
@@ -89,7 +95,8 @@ impl Checker {
     pub(crate) fn host(&mut self, version: Version) -> Option<Machine> {
         let machine = Machine::new(version)?;
         let path = |name: &str| self.dir.path().join(name).display().to_string();
-        let console = path(&format!("console-{}", self.consoles.len()));
+        let number = self.hosts.fetch_add(1, Ordering::Relaxed);
+        let console = path(&format!("console-{number}"));
         let serial = format!("file:{console}");
         self.consoles.push(console.into());
         let machine = machine.args(["-M", self.machine]);

@@ -12,14 +12,13 @@ use vmferry_channel::{Channel, Direction, Stop};
 use vmferry_migration::{
     Arrived, Capabilities, Coverage, Decision, DestinationFailure, DestinationJob,
     DestinationMachine, Guest, Parameters, Published, Reconnections, RunningSource, SourceJob,
-    SourceMachine, State, Status, Target, receive_machine,
+    SourceMachine, SourceMemory, State, Status, Target, receive_machine,
 };
 use vmferry_ram::{
     AnonymousRam, GuestRam, RamBlock, RamDestinationOptions, RamSourceOptions, UserfaultLog,
     check_postcopy,
 };
-use vmferry_savevm::{Describe, HandlerError, Machine, Name};
-use vmferry_vmstate::Dialect;
+use vmferry_savevm::{HandlerError, Machine, Name, Opening};
 
 use crate::layout::{Layout, RawDevice};
 use crate::link::Link;
@@ -394,10 +393,16 @@ impl Halfway {
 
     fn source(&self, way: &Way) -> SourceMachine {
         SourceMachine {
-            machine: Machine::named(self.machine.clone()),
-            ram: Arc::<AnonymousRam>::clone(&self.ram),
-            dirty_log: Box::new(UserfaultLog::new().expect("userfaultfd")),
-            cpu_throttle: None,
+            opening: Opening {
+                machine: Machine::named(self.machine.clone()),
+                switchover_start: self.switchover_start,
+                ..Opening::default()
+            },
+            memory: SourceMemory::Live {
+                ram: Arc::<AnonymousRam>::clone(&self.ram),
+                dirty_log: Box::new(UserfaultLog::new().expect("userfaultfd")),
+                cpu_throttle: None,
+            },
             ram_options: RamSourceOptions {
                 postcopy: way.postcopy,
                 xbzrle_cache_bytes: way.xbzrle_cache_bytes,
@@ -405,8 +410,6 @@ impl Halfway {
             },
             devices: self.devices.iter().map(RawDevice::registration).collect(),
             guest: Box::new(Handle(Arc::clone(&self.vcpus))),
-            describe: Describe::As(Dialect::Qemu7),
-            switchover_start: self.switchover_start,
         }
     }
 }

@@ -25,6 +25,17 @@ pub(crate) struct Tick {
     pub(crate) ram_ok: bool,
 }
 
+impl Tick {
+    /// What such a line says.
+    pub(crate) fn parse(line: &str) -> Option<Self> {
+        let (number, ram) = line.strip_prefix("TICK ")?.split_once(" ram=")?;
+        Some(Self {
+            number: number.parse().ok()?,
+            ram_ok: ram == "ok",
+        })
+    }
+}
+
 /// A guest and what it printed, on one host after the other.
 pub(crate) struct Guest {
     dir: TempDir,
@@ -133,7 +144,7 @@ impl Guest {
                 .all(|trouble| !text.contains(trouble)),
             "the guest is unwell: {text}"
         );
-        let ticks: Vec<Tick> = text.lines().filter_map(parse).collect();
+        let ticks: Vec<Tick> = text.lines().filter_map(Tick::parse).collect();
         for (expected, tick) in ticks.iter().enumerate() {
             assert_eq!(
                 *tick,
@@ -191,12 +202,4 @@ fn drive(socket: &Path, export: &str) -> String {
     );
     let node = format!("file.driver=nbd,file.export={export},{server},file.reconnect-delay=30");
     format!("{node},format=raw,if=virtio,id=disk0,werror=stop,rerror=stop")
-}
-
-fn parse(line: &str) -> Option<Tick> {
-    let (number, ram) = line.strip_prefix("TICK ")?.split_once(" ram=")?;
-    Some(Tick {
-        number: number.parse().ok()?,
-        ram_ok: ram == "ok",
-    })
 }

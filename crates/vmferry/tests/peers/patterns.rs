@@ -46,11 +46,16 @@ while :; do
 done
 "#;
 
-/// An initial RAM disk like `base` with one more program in it: archives may follow one another.
+/// An initial RAM disk like `base` that has the program, too.
 pub(crate) fn initrd(base: &Path, folder: &Path) -> PathBuf {
+    initrd_with(base, folder, PROGRAM, SCRIPT)
+}
+
+/// An initial RAM disk like `base` with one more program in it: archives may follow one another.
+pub(crate) fn initrd_with(base: &Path, folder: &Path, program: &str, script: &str) -> PathBuf {
     let mut bytes = std::fs::read(base).expect("the guest's RAM disk can be read");
     pad(&mut bytes);
-    member(&mut bytes, PROGRAM, 0o100_755, SCRIPT.as_bytes());
+    member(&mut bytes, program, 0o100_755, script.as_bytes());
     member(&mut bytes, "TRAILER!!!", 0, b"");
     let path = folder.join("initrd");
     std::fs::write(&path, bytes).expect("a file in the temporary folder");

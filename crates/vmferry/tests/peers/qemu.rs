@@ -186,6 +186,12 @@ impl Qemu {
         uri
     }
 
+    /// Whether its process is no more.
+    pub(crate) fn has_ended(&mut self) -> bool {
+        let ended = self.child.try_wait().expect("a child can be waited for");
+        ended.is_some()
+    }
+
     /// Ends it in good order, so that its disks are closed and unlocked.
     pub(crate) fn quit(mut self) {
         self.qmp.execute("quit", &json!({}));

@@ -56,7 +56,8 @@ impl Vmferry {
         Self::spawn(command)
     }
 
-    fn spawn(mut command: Command) -> Self {
+    /// Starts this command, which runs it, with `--json` at its end.
+    pub(crate) fn spawn(mut command: Command) -> Self {
         let dir = tempfile::Builder::new()
             .prefix("vmferry-run-")
             .tempdir()

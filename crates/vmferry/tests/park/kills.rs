@@ -1,0 +1,136 @@
+//! `send` is killed while a guest runs whose memory it has.
+
+use std::ffi::OsString;
+use std::path::Path;
+use std::thread;
+use std::time::Duration;
+
+use rustix::process::Signal;
+
+use crate::checker::Checker;
+use crate::host::Host;
+use crate::need;
+use crate::peers::qemu::Version;
+use crate::peers::vmferry::Vmferry;
+use crate::peers::{long, seeded, until};
+use crate::ways::{Park, Restore, postcopy};
+
+/// Most of the memory is still missing when it is killed.
+const SLOWLY: [&str; 2] = ["--bandwidth", "6MiB/s"];
+
+/// Kills `send` at a random moment after the guest has begun to run; false if it had ended before.
+fn kill(send: &mut Vmferry, host: &mut Host, rng: &mut fastrand::Rng) -> bool {
+    let is_over = until("the guest to wait for memory", || {
+        match host.migration()["status"].as_str() {
+            Some("postcopy-active") if host.qemu.run_state() == "running" => Some(false),
+            Some("completed") => Some(true),
+            _ => None,
+        }
+    });
+    if is_over {
+        send.succeeds();
+        return false;
+    }
+    thread::sleep(Duration::from_millis(rng.u64(..1200)));
+    send.signal(Signal::KILL);
+    send.wait();
+    true
+}
+
+/// Takes the guest up again: `vmferry` makes the destination listen, or the operator has done it.
+fn resume(image: &Path, host: &mut Host, number: usize, vm: bool, slowly: bool) -> Vmferry {
+    let mut words: Vec<OsString> = ["send", "--postcopy", "--resume"]
+        .map(OsString::from)
+        .into();
+    words.push(image.into());
+    if vm {
+        words.extend(["--vm".into(), host.vm().into()]);
+    } else {
+        let path = host.qemu.path(&format!("again-{number}"));
+        let uri = format!("unix:{}", path.display());
+        assert!(host.out_of_band().recover(&uri), "{}", host.qemu.errors());
+        words.push(uri.into());
+    }
+    if slowly {
+        words.extend(SLOWLY.map(OsString::from));
+    }
+    Vmferry::start(words)
+}
+
+/// Killed once or more often, at random moments, another `send` takes the guest up again, and every page is right.
+#[test]
+fn a_guest_goes_on_when_its_send_was_killed() {
+    need!(postcopy());
+    let mut rng = seeded();
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let image = dir.path().join("image");
+    let mut checker = Checker::new();
+    let mut source = Host::running(need!(checker.host(Version::V10_0)));
+    checker.goes_on(2);
+    Park::Migrate.park(&mut source, &image);
+    drop(source);
+    let parked = std::fs::read(&image).expect("it is there");
+    let (rounds, mut kills) = (if long() { 50 } else { 3 }, 0);
+    for round in 0..rounds {
+        let to = [Version::V10_0, Version::V7_2][round % 2];
+        let vm = rng.bool();
+        let mut branch = checker.clone();
+        let mut host = Host::waiting(need!(branch.host(to)));
+        let restore = Restore { postcopy: true, vm };
+        let mut send = restore.start(&image, &mut host, &SLOWLY);
+        let mut left = rng.usize(1..4);
+        println!("round {round}: {to:?}, --vm {vm}, {left} kills");
+        for number in 0.. {
+            if !kill(&mut send, &mut host, &mut rng) {
+                break;
+            }
+            kills += 1;
+            left -= 1;
+            send = resume(&image, &mut host, number, vm, left > 0);
+            if left == 0 {
+                send.event("completed");
+                send.succeeds();
+                break;
+            }
+        }
+        host.qemu.migrated();
+        host.qemu.wait_run_state("running");
+        branch.goes_on(2);
+    }
+    println!("{kills} kills in {rounds} rounds");
+    assert!(kills > 0, "it was never killed in time");
+    assert!(
+        std::fs::read(&image).expect("it is there") == parked,
+        "the image has changed"
+    );
+}
+
+/// Killed before the guest runs, or while its devices are on their way, it leaves an image that starts elsewhere.
+#[test]
+fn a_send_killed_early_harms_nothing() {
+    need!(postcopy());
+    let mut rng = seeded();
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let image = dir.path().join("image");
+    let mut checker = Checker::new();
+    let mut source = Host::running(need!(checker.host(Version::V10_0)));
+    checker.goes_on(2);
+    Park::Migrate.park(&mut source, &image);
+    drop(source);
+    for round in 0..if long() { 50 } else { 3 } {
+        let to = [Version::V10_0, Version::V7_2][round % 2];
+        let restore = Restore::ALL[round % Restore::ALL.len()];
+        let mut host = Host::waiting(need!(checker.clone().host(to)));
+        let send = restore.start(&image, &mut host, &SLOWLY);
+        let moment = rng.u64(..60);
+        println!("round {round}: {to:?} {restore:?}, killed after {moment} ms");
+        thread::sleep(Duration::from_millis(moment));
+        drop(send);
+        drop(host);
+        let mut branch = checker.clone();
+        let mut host = Host::waiting(need!(branch.host(to)));
+        restore.restore(&image, &mut host);
+        host.qemu.wait_run_state("running");
+        branch.goes_on(2);
+    }
+}

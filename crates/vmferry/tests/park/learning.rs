@@ -1,0 +1,44 @@
+//! What a guest asked for first is sent first the next time.
+
+use serde_json::Value;
+
+use crate::guest::{Guest, PIECES};
+use crate::host::Host;
+use crate::need;
+use crate::peers::qemu::Version;
+use crate::ways::{Park, Restore, postcopy};
+
+/// Slow enough for a guest to ask.
+const SLOWLY: [&str; 2] = ["--bandwidth", "48MiB/s"];
+
+fn requests(report: &Value) -> u64 {
+    report["ram"]["postcopy-requests"]
+        .as_u64()
+        .unwrap_or_else(|| panic!("nothing about requests: {report}"))
+}
+
+/// After one instant restore that learns, the next guest asks for less.
+#[test]
+fn the_second_restore_asks_for_fewer_pages() {
+    need!(postcopy());
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let image = dir.path().join("image");
+    let mut guest = Guest::new();
+    let mut host = Host::running(need!(guest.host(Version::V10_0)));
+    guest.goes_on(2);
+    Park::Migrate.park(&mut host, &image);
+    drop(host);
+    let mut asked = Vec::new();
+    for options in [&["--learn"][..], &[], &[]] {
+        let mut branch = guest.clone();
+        let mut host = Host::waiting(need!(branch.host(Version::V10_0)));
+        let options: Vec<&str> = options.iter().chain(&SLOWLY).copied().collect();
+        let report = Restore::POSTCOPY.restore_with(&image, &mut host, &options);
+        println!("{options:?}: {report}");
+        asked.push(requests(&report));
+        branch.goes_on(PIECES + 1);
+    }
+    println!("pages asked for: {asked:?}");
+    assert!(asked[0] > 0, "{asked:?}");
+    assert!(asked[1] < asked[0] && asked[2] < asked[0], "{asked:?}");
+}
