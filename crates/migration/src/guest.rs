@@ -4,9 +4,10 @@ use std::fmt;
 use std::sync::Arc;
 
 use vmferry_ram::{
-    DirtyLog, GuestRam, RamDestinationOptions, RamSourceOptions, Throttle as CpuThrottle,
+    DirtyLog, GuestRam, RamDestinationOptions, RamSource, RamSourceError, RamSourceOptions,
+    StoredRam, Throttle as CpuThrottle,
 };
-use vmferry_savevm::{Describe, HandlerError, Machine, Registration};
+use vmferry_savevm::{HandlerError, Machine, Opening, Registration};
 
 /// The vCPUs and devices of a machine. Called by the migration's thread.
 pub trait Guest: Send {
@@ -22,24 +23,44 @@ pub trait Guest: Send {
 
 /// A machine that leaves.
 pub struct SourceMachine {
-    /// How the stream's configuration shows it.
-    pub machine: Machine,
+    /// What its stream begins with. Commands are added as they are needed.
+    pub opening: Opening,
     /// Its memory.
-    pub ram: Arc<dyn GuestRam>,
-    /// Tells what the guest writes.
-    pub dirty_log: Box<dyn DirtyLog>,
-    /// Slows vCPUs down where a migration would not converge.
-    pub cpu_throttle: Option<Box<dyn CpuThrottle>>,
+    pub memory: SourceMemory,
     /// How memory is sent; whether the migration may become a postcopy.
     pub ram_options: RamSourceOptions,
-    /// Its devices.
+    /// Its devices, and live sections besides disks and memory.
     pub devices: Vec<Registration<'static>>,
     /// Its vCPUs.
     pub guest: Box<dyn Guest>,
-    /// What comes after the end of a precopy.
-    pub describe: Describe,
-    /// Tell the destination when the guest has stopped; see [`vmferry_savevm::Opening`].
-    pub switchover_start: bool,
+}
+
+/// Memory of a machine that leaves.
+pub enum SourceMemory {
+    /// A guest writes it meanwhile.
+    Live {
+        /// The memory.
+        ram: Arc<dyn GuestRam>,
+        /// Tells what the guest writes.
+        dirty_log: Box<dyn DirtyLog>,
+        /// Slows vCPUs down where a migration would not converge.
+        cpu_throttle: Option<Box<dyn CpuThrottle>>,
+    },
+    /// It is that of a parked machine.
+    Stored(Arc<dyn StoredRam>),
+}
+
+impl SourceMemory {
+    pub(crate) fn source(self, options: RamSourceOptions) -> Result<RamSource, RamSourceError> {
+        match self {
+            Self::Live {
+                ram,
+                dirty_log,
+                cpu_throttle,
+            } => RamSource::new(ram, dirty_log, cpu_throttle, options),
+            Self::Stored(ram) => RamSource::stored(ram, options),
+        }
+    }
 }
 
 /// A machine that is to be filled. Its guest does not run.
@@ -95,7 +116,7 @@ impl Drop for Vcpus {
 impl fmt::Debug for SourceMachine {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("SourceMachine")
-            .field("machine", &self.machine)
+            .field("opening", &self.opening)
             .finish_non_exhaustive()
     }
 }

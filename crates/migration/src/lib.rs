@@ -25,7 +25,7 @@ pub use destination::{
     Arrived, DestinationDisk, DestinationFailure, DestinationJob, NotPaused, Reconnections, Rest,
     receive, receive_machine,
 };
-pub use guest::{DestinationMachine, Guest, SourceMachine};
+pub use guest::{DestinationMachine, Guest, SourceMachine, SourceMemory};
 pub use hand_over::{Committed, Decision, SourceDisk};
 pub use parameters::{Capabilities, DOWNTIME_LIMIT_MAX, Parameters};
 pub use record::{Record, RecordError, RecordFile, Residence};

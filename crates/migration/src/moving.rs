@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use vmferry_block_migration::{Source, SourceOptions, SourceStats, ThreadReads};
-use vmferry_ram::{OutgoingRam, PAGE_BYTES, RamSource};
-use vmferry_savevm::{Describe, Opening, Registration, Registry, cleanup};
+use vmferry_ram::{OutgoingRam, PAGE_BYTES};
+use vmferry_savevm::{Describe, Opening, Priority, Registration, Registry, cleanup};
 use vmferry_stream::Command;
 
 use crate::engine::Leases;
@@ -13,6 +13,9 @@ use crate::guest::{SourceMachine, Vcpus};
 use crate::parameters::Capabilities;
 use crate::source::SourceFailure;
 use crate::status::{RamStatus, Status};
+
+/// Before memory: of a guest that runs there is always some left to send.
+const DISKS: Priority = Priority(1);
 
 /// Disks, and perhaps a machine, before the point of no return.
 pub(crate) struct Moving {
@@ -42,8 +45,33 @@ impl Moving {
         leases: Leases,
         machine: Option<SourceMachine>,
         capabilities: &Capabilities,
+        taken_up: bool,
     ) -> Result<Self, SourceFailure> {
         let mut registry = Registry::new();
+        let mut opening = Opening {
+            describe: Describe::Empty,
+            ..Opening::default()
+        };
+        let (mut ram, mut guest, mut can_postcopy) = (None, None, false);
+        if let Some(machine) = machine {
+            can_postcopy = machine.ram_options.postcopy;
+            let mut source = machine.memory.source(machine.ram_options)?;
+            if taken_up {
+                source.take_up()?;
+            }
+            ram = Some(source.outgoing());
+            // The first of all, so that its number is the same if a postcopy is taken up again.
+            registry.register(Registration::saving(
+                vmferry_ram::SECTION_NAME,
+                vmferry_ram::SECTION_VERSION,
+                Box::new(source),
+            ))?;
+            for device in machine.devices {
+                registry.register(device)?;
+            }
+            guest = Some(machine.guest);
+            opening = machine.opening;
+        }
         let disks = match leases.is_empty() {
             true => None,
             false => {
@@ -55,42 +83,15 @@ impl Moving {
                 };
                 let source = Source::new(claimers, ThreadReads::new(), options)?;
                 let stats = source.stats();
-                // Before memory: of a guest that runs there is always some left to send.
-                registry.register(Registration::saving(
+                let disks = Registration::saving(
                     vmferry_block_migration::SECTION_NAME,
                     vmferry_block_migration::SECTION_VERSION,
                     Box::new(source),
-                ))?;
+                );
+                registry.register(disks.priority(DISKS))?;
                 Some(stats)
             }
         };
-        let mut opening = Opening {
-            describe: Describe::Empty,
-            ..Opening::default()
-        };
-        let (mut ram, mut guest, mut can_postcopy) = (None, None, false);
-        if let Some(machine) = machine {
-            can_postcopy = machine.ram_options.postcopy;
-            let source = RamSource::new(
-                machine.ram,
-                machine.dirty_log,
-                machine.cpu_throttle,
-                machine.ram_options,
-            )?;
-            ram = Some(source.outgoing());
-            registry.register(Registration::saving(
-                vmferry_ram::SECTION_NAME,
-                vmferry_ram::SECTION_VERSION,
-                Box::new(source),
-            ))?;
-            for device in machine.devices {
-                registry.register(device)?;
-            }
-            guest = Some(machine.guest);
-            opening.machine = machine.machine;
-            opening.describe = machine.describe;
-            opening.switchover_start = machine.switchover_start;
-        }
         Ok(Self {
             leases,
             vcpus: Vcpus::new(guest),

@@ -22,7 +22,7 @@ use vmferry_stream::Command;
 
 use crate::engine::{Engine, Heard, Outcome, TICK};
 use crate::hand_over::{Committed, Decision};
-use crate::moving::Sections;
+use crate::moving::{Moving, Sections};
 use crate::pace::Pace;
 use crate::return_path::Bitmaps;
 use crate::sink::ChannelSink;
@@ -93,6 +93,38 @@ impl Engine {
         if let Some(thread) = following.giving_up.take() {
             let _ = thread.join();
         }
+        following.sections.end();
+        Ok(outcome)
+    }
+
+    /// Go on with a postcopy of another process: the guest is at the destination.
+    pub(crate) fn take_up(
+        &mut self,
+        mut moving: Moving,
+        target: Target,
+    ) -> Result<Outcome, SourceFailure> {
+        moving.opening.commands.clear();
+        let postcopy = Postcopy::take_up(&moving.opening, &mut moving.sections.registry);
+        // It never ran here.
+        drop(moving.vcpus);
+        let mut following = Following {
+            postcopy,
+            sections: moving.sections,
+            committed: None,
+            giving_up: None,
+            is_first_connection: false,
+            is_all_sent: false,
+            held_at: Instant::now(),
+        };
+        self.enter(State::PostcopyRecover);
+        let stop = self.line.stop();
+        let outcome = match self.recover(&mut following, target, stop) {
+            Ok(sink) => self.follow(&mut following, sink),
+            Err(broken) => match self.pause(&mut following, &broken) {
+                Next::Connection(sink) => self.follow(&mut following, sink),
+                Next::Over(outcome) => outcome,
+            },
+        };
         following.sections.end();
         Ok(outcome)
     }

@@ -28,12 +28,12 @@ use std::time::{Duration, Instant};
 use vmferry_block_migration::SourceError;
 use vmferry_channel::{Channel, ChannelError, Stop, Uri};
 use vmferry_disk::InUse;
-use vmferry_ram::RamSourceError;
+use vmferry_ram::{OutgoingRam, RamSourceError, StoredRange};
 use vmferry_savevm::{HandlerError, RegisterError, SaveError};
 use vmferry_stream::Name;
 
 use crate::engine::{Engine, take_leases};
-use crate::guest::SourceMachine;
+use crate::guest::{SourceMachine, SourceMemory};
 use crate::hand_over::{CancelGate, Decision, SourceDisk};
 use crate::line::Line;
 use crate::moving::Moving;
@@ -108,6 +108,9 @@ pub enum SourceFailure {
     /// The guest would run on here, too.
     #[error("a background snapshot is no migration: its guest runs on here")]
     BackgroundSnapshot,
+    /// Only what stands still can be sent by two processes, one after the other.
+    #[error("only a postcopy of a parked machine, without disks, can be taken up again")]
+    NotTakenUp,
     /// A postcopy asks for pages.
     #[error("postcopy needs the return path")]
     OneWayPostcopy,
@@ -227,6 +230,7 @@ pub struct RunningSource {
     throttle: Throttle,
     line: Line,
     can_postcopy: bool,
+    ram: Option<OutgoingRam>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -239,7 +243,7 @@ impl RunningSource {
         if job.disks.is_empty() {
             return Err(SourceFailure::NoDisks);
         }
-        Self::start_thread(job, None, published)
+        Self::start_thread(job, None, false, published)
     }
 
     /// Start the migration of a machine, with those of its disks that are not shared.
@@ -252,12 +256,32 @@ impl RunningSource {
         machine: SourceMachine,
         published: Published,
     ) -> Result<Self, SourceFailure> {
-        Self::start_thread(job, Some(machine), published)
+        Self::start_thread(job, Some(machine), false, published)
+    }
+
+    /// Go on with a postcopy that another process has begun, with this machine, and has not ended: its
+    /// memory is stored, and so as it was. Nothing is sent but pages that the destination has not.
+    ///
+    /// If that does not work it is in `postcopy-paused`, as after any other break.
+    ///
+    /// # Errors
+    /// Memory that a guest could have written since, disks, no thread to be had.
+    pub fn take_up(
+        job: SourceJob,
+        machine: SourceMachine,
+        published: Published,
+    ) -> Result<Self, SourceFailure> {
+        let is_stored = matches!(machine.memory, SourceMemory::Stored(_));
+        if !is_stored || !machine.ram_options.postcopy || !job.disks.is_empty() {
+            return Err(SourceFailure::NotTakenUp);
+        }
+        Self::start_thread(job, Some(machine), true, published)
     }
 
     fn start_thread(
         job: SourceJob,
         machine: Option<SourceMachine>,
+        taken_up: bool,
         published: Published,
     ) -> Result<Self, SourceFailure> {
         if machine
@@ -269,7 +293,8 @@ impl RunningSource {
         let leases = take_leases(&job.disks)?;
         let disk_bytes = leases.iter().map(|(l, _)| l.node().limits().length).sum();
         let can_postcopy = machine.as_ref().is_some_and(|it| it.ram_options.postcopy);
-        let moving = Moving::new(leases, machine, &job.capabilities)?;
+        let moving = Moving::new(leases, machine, &job.capabilities, taken_up)?;
+        let ram = moving.sections.ram.clone();
         let (events, inbox) = channel();
         let line = Line::new(job.stop.clone());
         let mut engine = Engine::new(&job, line.clone(), published.clone(), events.clone(), inbox);
@@ -285,7 +310,10 @@ impl RunningSource {
         let thread = std::thread::Builder::new()
             .name("migrate-source".to_owned())
             .spawn(move || {
-                let outcome = catch_unwind(AssertUnwindSafe(|| engine.run(moving, target)));
+                let outcome = catch_unwind(AssertUnwindSafe(|| match taken_up {
+                    true => engine.take_up(moving, target),
+                    false => engine.run(moving, target),
+                }));
                 engine.publish_outcome(outcome.unwrap_or(Err(SourceFailure::Panic)));
             })
             .map_err(SourceFailure::Thread)?;
@@ -296,6 +324,7 @@ impl RunningSource {
             throttle,
             line,
             can_postcopy,
+            ram,
             thread: Some(thread),
         })
     }
@@ -304,6 +333,15 @@ impl RunningSource {
     #[must_use]
     pub fn published(&self) -> &Published {
         &self.published
+    }
+
+    /// The pages that the destination's guest has waited for so far, of memory that is stored; see
+    /// [`OutgoingRam::requested`].
+    #[must_use]
+    pub fn requested(&self) -> Vec<StoredRange> {
+        self.ram
+            .as_ref()
+            .map_or_else(Vec::new, OutgoingRam::requested)
     }
 
     /// Call it off.

@@ -183,6 +183,19 @@ impl RamBlock {
         self.sharing
     }
 
+    /// What it is, now.
+    #[must_use]
+    pub fn layout(&self) -> BlockLayout {
+        BlockLayout {
+            idstr: self.idstr.clone(),
+            used_bytes: self.used_bytes(),
+            max_bytes: self.max_bytes,
+            page_bytes: self.page_bytes,
+            guest_address: self.guest_address,
+            sharing: self.sharing,
+        }
+    }
+
     /// Where its memory begins in this process.
     #[must_use]
     pub fn start(&self) -> NonNull<u8> {

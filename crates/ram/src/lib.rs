@@ -33,8 +33,8 @@ pub use dirty_log::{
 };
 pub use guest::{AnonymousRam, GuestRam, MapError};
 pub use source::{
-    OutgoingRam, RamSource, RamSourceError, RamSourceOptions, RamSourceStats, RecoverError,
-    RequestError, Throttle, ThrottleParameters,
+    LEARNT_MAX, OutgoingRam, RamSource, RamSourceError, RamSourceOptions, RamSourceStats,
+    RecoverError, RequestError, Throttle, ThrottleParameters,
 };
 pub use stored::{STORED_PAGES_MAX, StoredPages, StoredRam, StoredRange};
 pub use userfault::{Fault, Placed, Userfault, UserfaultError, check_postcopy};

@@ -10,12 +10,12 @@ use vmferry_channel::{Listener, Stop, Uri, open_incoming};
 use vmferry_migration::{
     Capabilities, Coverage, Decision, DestinationDisk, DestinationJob, DestinationMachine, Guest,
     Parameters, Published, Reconnections, RunningSource, SourceDisk, SourceJob, SourceMachine,
-    State, Status, Target, receive_machine,
+    SourceMemory, State, Status, Target, receive_machine,
 };
 use vmferry_ram::{
     RamDestinationOptions, RamSourceOptions, Throttle, UserfaultLog, check_postcopy,
 };
-use vmferry_savevm::{Describe, HandlerError};
+use vmferry_savevm::{Describe, HandlerError, Opening};
 use vmferry_vmstate::Dialect;
 
 use crate::gate::lock;
@@ -203,10 +203,16 @@ impl Vm {
     fn source_machine(self: &Arc<Self>, settings: &Settings) -> Result<SourceMachine> {
         let throttle = || Box::new(CpuThrottle(Arc::clone(self))) as Box<dyn Throttle>;
         Ok(SourceMachine {
-            machine: Machine::machine_type(),
-            ram: self.machine.memory.ram(),
-            dirty_log: Box::new(UserfaultLog::new()?),
-            cpu_throttle: settings.auto_converge.then(throttle),
+            opening: Opening {
+                machine: Machine::machine_type(),
+                describe: Describe::As(Dialect::Qemu10),
+                ..Opening::default()
+            },
+            memory: SourceMemory::Live {
+                ram: self.machine.memory.ram(),
+                dirty_log: Box::new(UserfaultLog::new()?),
+                cpu_throttle: settings.auto_converge.then(throttle),
+            },
             ram_options: RamSourceOptions {
                 postcopy: settings.postcopy,
                 xbzrle_cache_bytes: settings.xbzrle.then_some(XBZRLE_CACHE_BYTES),
@@ -217,8 +223,6 @@ impl Vm {
                 vm: Arc::clone(self),
                 ran: false,
             }),
-            describe: Describe::As(Dialect::Qemu10),
-            switchover_start: false,
         })
     }
 

@@ -12,13 +12,13 @@ use vmferry_disk::Node;
 use vmferry_migration::{
     Arrived, Capabilities, Coverage, DestinationDisk, DestinationFailure, DestinationJob,
     DestinationMachine, Guest, Parameters, Published, Reconnections, RunningSource, SourceDisk,
-    SourceJob, SourceMachine, State, Status, Target, receive_machine,
+    SourceJob, SourceMachine, SourceMemory, State, Status, Target, receive_machine,
 };
 use vmferry_ram::{
     AnonymousRam, DirtyLog, GuestRam, RamDestinationOptions, RamSourceOptions, UserfaultLog,
 };
-use vmferry_savevm::{Describe, HandlerError, Machine, Name, Registration};
-use vmferry_vmstate::{Dialect, VmState};
+use vmferry_savevm::{HandlerError, Machine, Name, Opening, Registration};
+use vmferry_vmstate::VmState;
 
 /// Only ever waited out by a test that fails.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
@@ -183,18 +183,21 @@ impl Vm {
 
     pub(crate) fn source(&self, postcopy: bool) -> SourceMachine {
         SourceMachine {
-            machine: machine(),
-            ram: Arc::<AnonymousRam>::clone(&self.ram),
-            dirty_log: dirty_log(),
-            cpu_throttle: None,
+            opening: Opening {
+                machine: machine(),
+                ..Opening::default()
+            },
+            memory: SourceMemory::Live {
+                ram: Arc::<AnonymousRam>::clone(&self.ram),
+                dirty_log: dirty_log(),
+                cpu_throttle: None,
+            },
             ram_options: RamSourceOptions {
                 postcopy,
                 ..RamSourceOptions::default()
             },
             devices: self.devices(),
             guest: self.guest(),
-            describe: Describe::As(Dialect::Qemu7),
-            switchover_start: false,
         }
     }
 

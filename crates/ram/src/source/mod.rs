@@ -11,6 +11,7 @@
 //!
 //! Rules: `ram.md` §1 to §4 and §6, `postcopy.md` §2, §4, §5 and §7 of the wire format notes.
 
+mod memory;
 mod outgoing;
 mod postcopy;
 mod schedule;
@@ -30,15 +31,17 @@ use vmferry_savevm::{
 use vmferry_stream::limits::MAX_RAM_BLOCKS;
 use vmferry_stream::{Name, RamRecord};
 
-pub use outgoing::{OutgoingRam, RecoverError, RequestError};
+pub use outgoing::{LEARNT_MAX, OutgoingRam, RecoverError, RequestError};
 pub use stats::RamSourceStats;
 pub use throttle::{Throttle, ThrottleParameters};
 
-use crate::block::{OutOfBlock, PAGE_BYTES, RamBlock};
+use crate::block::{BlockIndex, BlockLayout, OutOfBlock, PAGE_BYTES, RamBlock};
 use crate::dirty_log::{DirtyLog, DirtyLogError};
 use crate::guest::GuestRam;
+use crate::stored::StoredRam;
 use crate::userfault::UserfaultError;
 use crate::xbzrle_cache::XbzrleCache;
+use memory::{Live, Memory, Stored};
 use outgoing::Shared;
 use schedule::{BlockPages, Run, Schedule};
 use snapshot::Snapshot;
@@ -136,14 +139,10 @@ pub enum RamSourceError {
 
 /// Sends a guest's memory as the `ram` section.
 pub struct RamSource {
-    ram: Arc<dyn GuestRam>,
-    log: Box<dyn DirtyLog>,
-    log_runs: bool,
-    throttle: Option<Box<dyn Throttle>>,
-    converge: AutoConverge,
+    memory: Memory,
     options: RamSourceOptions,
-    /// Length of each block, as the destination was told.
-    listed_bytes: Vec<u64>,
+    /// The blocks as the destination was told.
+    listed: Vec<BlockLayout>,
     schedule: Schedule,
     writer: PageWriter,
     watch: Watch,
@@ -168,18 +167,41 @@ impl RamSource {
         throttle: Option<Box<dyn Throttle>>,
         options: RamSourceOptions,
     ) -> Result<Self, RamSourceError> {
-        check_blocks(ram.blocks())?;
-        check_options(&options, throttle.is_some())?;
+        let converge = AutoConverge::new(options.throttle);
+        let throttles = throttle.is_some();
+        let live = Live::new(ram, log, throttle, converge);
+        Self::of(Memory::Live(live), throttles, options)
+    }
+
+    /// Send memory that nobody writes: each page once.
+    ///
+    /// # Errors
+    /// Blocks that a stream cannot list; options that only make sense where a guest runs.
+    pub fn stored(
+        ram: Arc<dyn StoredRam>,
+        options: RamSourceOptions,
+    ) -> Result<Self, RamSourceError> {
+        if options.background_snapshot {
+            return Err(RamSourceError::SnapshotWith("memory that is stored"));
+        }
+        Self::of(Memory::Stored(Stored::new(ram)), false, options)
+    }
+
+    fn of(
+        memory: Memory,
+        throttles: bool,
+        options: RamSourceOptions,
+    ) -> Result<Self, RamSourceError> {
+        let blocks = memory.layouts();
+        check_blocks(&blocks)?;
+        check_options(&options, throttles)?;
         let cache = new_cache(options.xbzrle_cache_bytes)?;
+        let learns = matches!(memory, Memory::Stored(_));
         Ok(Self {
-            shared: Arc::new(Shared::new(Arc::clone(&ram), options.ignore_shared)),
-            ram,
-            log,
-            log_runs: false,
-            throttle,
-            converge: AutoConverge::new(options.throttle),
+            shared: Arc::new(Shared::new(&blocks, options.ignore_shared, learns)),
+            memory,
             options,
-            listed_bytes: Vec::new(),
+            listed: Vec::new(),
             schedule: Schedule::new(&[]),
             writer: PageWriter::new(cache),
             watch: Watch::new(Instant::now()),
@@ -188,6 +210,19 @@ impl RamSource {
             snapshot: None,
             failure: None,
         })
+    }
+
+    /// Be where a source is whose postcopy was interrupted: the guest runs at the destination, which
+    /// will say what it has ([`OutgoingRam::received`]). For memory that is stored: nobody has written
+    /// to it since.
+    ///
+    /// # Errors
+    /// Blocks that a stream cannot list.
+    pub fn take_up(&mut self) -> Result<(), RamSourceError> {
+        self.reset()?;
+        self.enter_postcopy();
+        self.shared.begin_postcopy();
+        Ok(())
     }
 
     /// What other threads may do meanwhile.
@@ -204,23 +239,23 @@ impl RamSource {
     /// Nothing is left of a migration before.
     fn reset(&mut self) -> Result<(), RamSourceError> {
         self.cleanup();
-        let blocks = self.ram.blocks();
-        check_blocks(blocks)?;
-        let pages = |block: &RamBlock| BlockPages {
-            pages: block.pages(),
-            host_pages: block.page_bytes() / PAGE_BYTES,
-            travels: self.shared.travels(block.sharing()),
+        self.listed = self.memory.layouts();
+        check_blocks(&self.listed)?;
+        let pages = |block: &BlockLayout| BlockPages {
+            pages: block.used_bytes / PAGE_BYTES,
+            host_pages: block.page_bytes / PAGE_BYTES,
+            travels: self.shared.travels(block.sharing),
         };
-        let pages: Vec<BlockPages> = blocks.iter().map(pages).collect();
-        let bytes = |block: &BlockPages| block.pages * PAGE_BYTES;
-        self.listed_bytes = pages.iter().map(bytes).collect();
+        let pages: Vec<BlockPages> = self.listed.iter().map(pages).collect();
         self.schedule = Schedule::new(&pages);
         self.writer = PageWriter::new(new_cache(self.options.xbzrle_cache_bytes)?);
-        self.converge = AutoConverge::new(self.options.throttle);
+        if let Some(live) = self.memory.live() {
+            live.converge = AutoConverge::new(self.options.throttle);
+        }
         self.watch = Watch::new((self.clock)());
         self.is_postcopy = false;
         self.failure = None;
-        let names = blocks.iter().map(|block| block.idstr().clone());
+        let names = self.listed.iter().map(|block| block.idstr.clone());
         self.shared.begin(names.zip(pages));
         let stats = &self.shared.stats;
         let total_bytes = self.schedule.total() * PAGE_BYTES;
@@ -230,30 +265,29 @@ impl RamSource {
 
     /// Know from now on what is written.
     fn begin(&mut self) -> Result<(), RamSourceError> {
-        if self.options.background_snapshot {
-            let travels = |block: &RamBlock| self.shared.travels(block.sharing());
-            self.snapshot = Some(Snapshot::begin(Arc::clone(&self.ram), travels)?);
-            self.schedule.send_once();
+        let Memory::Live(live) = &mut self.memory else {
             return Ok(());
+        };
+        if !self.options.background_snapshot {
+            return Ok(live.start_log()?);
         }
-        self.log.start(&*self.ram)?;
-        self.log_runs = true;
+        let travels = |block: &RamBlock| self.shared.travels(block.sharing());
+        self.snapshot = Some(Snapshot::begin(Arc::clone(&live.ram), travels)?);
+        self.schedule.send_once();
         Ok(())
     }
 
     fn list_blocks(&mut self, sink: &mut dyn Sink) -> Result<(), HandlerError> {
-        let ram = Arc::clone(&self.ram);
-        let total_bytes = self.listed_bytes.iter().sum();
+        let total_bytes = self.listed.iter().map(|block| block.used_bytes).sum();
         self.writer
             .record(RamRecord::BlockList { total_bytes }, sink)?;
-        for (block, used_bytes) in ram.blocks().iter().zip(self.listed_bytes.clone()) {
-            let page_bytes = block.page_bytes();
-            let is_told = self.options.postcopy && page_bytes != PAGE_BYTES;
-            let address = block.guest_address().unwrap_or(0);
+        for block in &self.listed {
+            let is_told = self.options.postcopy && block.page_bytes != PAGE_BYTES;
+            let address = block.guest_address.unwrap_or(0);
             let record = RamRecord::Block {
-                name: block.idstr().clone(),
-                used_bytes,
-                page_bytes: is_told.then_some(page_bytes),
+                name: block.idstr.clone(),
+                used_bytes: block.used_bytes,
+                page_bytes: is_told.then_some(block.page_bytes),
                 guest_address: self.options.ignore_shared.then_some(address),
                 mapped: None,
             };
@@ -268,11 +302,18 @@ impl RamSource {
             true => Mode::Whole,
             false => Mode::Changes(self.schedule.passes()),
         };
-        let Some(block) = self.ram.blocks().get(run.block.0) else {
-            return Ok(());
-        };
         self.watch.sent();
-        self.writer.run(block, run, mode, &self.shared.stats, sink)
+        let (writer, stats) = (&mut self.writer, &self.shared.stats);
+        match &mut self.memory {
+            Memory::Live(live) => match live.ram.blocks().get(run.block.0) {
+                Some(block) => writer.run(block, run, mode, stats, sink),
+                None => Ok(()),
+            },
+            Memory::Stored(stored) => match self.listed.get(run.block.0) {
+                Some(block) => stored.send(block, run, self.is_postcopy, writer, stats, sink),
+                None => Ok(()),
+            },
+        }
     }
 
     /// Ask the log what was written since it was asked last.
@@ -283,9 +324,9 @@ impl RamSource {
         self.check_lengths()?;
         let (begun, mut newly) = ((self.clock)(), 0);
         let schedule = &mut self.schedule;
-        self.log.collect(&*self.ram, &mut |block, pages| {
-            newly += schedule.mark(block, pages);
-        })?;
+        if let Some(live) = self.memory.live() {
+            live.collect(&mut |block, pages| newly += schedule.mark(block, pages))?;
+        }
         let took = (self.clock)().saturating_duration_since(begun);
         let period = self.watch.collected(begun, took, newly);
         let stats = &self.shared.stats;
@@ -299,26 +340,31 @@ impl RamSource {
 
     /// The destination was told the lengths.
     fn check_lengths(&self) -> Result<(), RamSourceError> {
-        let mut blocks = self.ram.blocks().iter().zip(&self.listed_bytes);
-        match blocks.find(|(block, listed)| block.used_bytes() != **listed) {
-            None => Ok(()),
-            Some((block, listed)) => Err(RamSourceError::Resized {
-                block: block.idstr().clone(),
-                listed: *listed,
-                used_bytes: block.used_bytes(),
-            }),
+        for (index, listed) in self.listed.iter().enumerate() {
+            let used_bytes = self.memory.used_bytes(BlockIndex(index));
+            if used_bytes != listed.used_bytes {
+                return Err(RamSourceError::Resized {
+                    block: listed.idstr.clone(),
+                    listed: listed.used_bytes,
+                    used_bytes,
+                });
+            }
         }
+        Ok(())
     }
 
     fn slow_down(&mut self, period: Duration, newly: u64) {
-        let Some(throttle) = &mut self.throttle else {
+        let Some(live) = self.memory.live() else {
+            return;
+        };
+        let Some(throttle) = &mut live.throttle else {
             return;
         };
         let sent = self.watch.wire_bytes_since(self.writer.wire_bytes());
         if self.schedule.is_bulk() {
             return;
         }
-        if let Some(percent) = self.converge.observe(period, newly * PAGE_BYTES, sent) {
+        if let Some(percent) = live.converge.observe(period, newly * PAGE_BYTES, sent) {
             tracing::info!(
                 percent,
                 "the guest writes its memory too fast: it is slowed down"
@@ -482,11 +528,12 @@ impl SaveHandler for RamSource {
 
     fn cleanup(&mut self) {
         self.snapshot = None;
-        if std::mem::take(&mut self.log_runs) {
-            self.log.stop(&*self.ram);
-        }
         let percent = self.shared.stats.throttle_percent.swap(0, Relaxed);
-        if let Some(throttle) = self.throttle.as_mut().filter(|_| percent > 0) {
+        let Some(live) = self.memory.live() else {
+            return;
+        };
+        live.stop_log();
+        if let Some(throttle) = live.throttle.as_mut().filter(|_| percent > 0) {
             throttle.set(0);
         }
     }
@@ -498,7 +545,7 @@ impl Drop for RamSource {
     }
 }
 
-fn check_blocks(blocks: &[RamBlock]) -> Result<(), RamSourceError> {
+fn check_blocks(blocks: &[BlockLayout]) -> Result<(), RamSourceError> {
     if blocks.len() > MAX_RAM_BLOCKS as usize {
         let blocks = blocks.len();
         return Err(RamSourceError::TooManyBlocks { blocks });
@@ -506,10 +553,10 @@ fn check_blocks(blocks: &[RamBlock]) -> Result<(), RamSourceError> {
     let mut names = std::collections::HashSet::new();
     let mut total: u64 = 0;
     for block in blocks {
-        if !names.insert(block.idstr()) {
-            return Err(RamSourceError::Duplicate(block.idstr().clone()));
+        if !names.insert(&block.idstr) {
+            return Err(RamSourceError::Duplicate(block.idstr.clone()));
         }
-        let sum = total.checked_add(block.max_bytes());
+        let sum = total.checked_add(block.max_bytes);
         total = sum.ok_or(RamSourceError::TooLong)?;
     }
     Ok(())

@@ -1,6 +1,7 @@
 //! What other threads may do while RAM is sent: requests, recovery, figures.
 
 use std::collections::{HashMap, VecDeque};
+use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
@@ -10,12 +11,15 @@ use vmferry_stream::{Name, PageSizes};
 use super::schedule::{BlockPages, Run};
 use super::stats::RamSourceStats;
 use crate::bitmap::PageBitmap;
-use crate::block::{BlockIndex, PAGE_BYTES};
-use crate::guest::GuestRam;
+use crate::block::{BlockIndex, BlockLayout, PAGE_BYTES};
+use crate::stored::StoredRange;
 
 /// Requests that wait to be served first; those beyond come with all other pages. A destination's guest
 /// has fewer threads that could wait for a page.
 pub(crate) const REQUESTS_MAX: usize = 1 << 16;
+
+/// Requests whose order is kept: 24 MiB.
+pub const LEARNT_MAX: usize = 1 << 20;
 
 /// What is left is told exactly below this, unless somebody sets another limit.
 const EXACT_BELOW_BYTES: u64 = 64 << 20;
@@ -23,6 +27,12 @@ const EXACT_BELOW_BYTES: u64 = 64 << 20;
 /// RAM that is being sent, seen from other threads.
 #[derive(Clone)]
 pub struct OutgoingRam(pub(crate) Arc<Shared>);
+
+impl fmt::Debug for OutgoingRam {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("OutgoingRam").finish_non_exhaustive()
+    }
+}
 
 /// A page request that no destination should send.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -93,8 +103,11 @@ pub enum RecoverError {
 
 /// What the sending thread and others share.
 pub(crate) struct Shared {
-    pub(crate) ram: Arc<dyn GuestRam>,
     ignore_shared: bool,
+    /// Page sizes of all blocks that travel, ORed.
+    all_page_bytes: u64,
+    /// The order of requests is kept.
+    learns: bool,
     state: Mutex<State>,
     requested: Condvar,
     pub(crate) stats: Arc<RamSourceStats>,
@@ -110,6 +123,8 @@ struct State {
     requests: VecDeque<Run>,
     /// What a request without a name is about.
     last_block: Option<BlockIndex>,
+    /// What was requested, if that is to be kept.
+    learnt: Vec<StoredRange>,
     /// Pages that the destination has not, once all blocks are known.
     to_send: Option<Vec<PageBitmap>>,
 }
@@ -127,12 +142,8 @@ impl OutgoingRam {
     /// For POSTCOPY_ADVISE.
     #[must_use]
     pub fn page_sizes(&self) -> PageSizes {
-        let blocks = self.0.ram.blocks().iter();
-        let sizes = blocks
-            .filter(|block| self.0.travels(block.sharing()))
-            .map(crate::RamBlock::page_bytes);
         PageSizes {
-            all_bytes: sizes.fold(0, |all, size| all | size),
+            all_bytes: self.0.all_page_bytes,
             target_bytes: PAGE_BYTES,
         }
     }
@@ -149,7 +160,7 @@ impl OutgoingRam {
         bytes: u64,
     ) -> Result<(), RequestError> {
         let mut state = self.0.lock();
-        let arrived = state.request(block, start, bytes)?;
+        let arrived = state.request(block, start, bytes, self.0.learns)?;
         self.0
             .stats
             .postcopy_requests
@@ -159,6 +170,13 @@ impl OutgoingRam {
             self.0.requested.notify_all();
         }
         Ok(())
+    }
+
+    /// Which pages were requested so far, in that order, for memory that is stored; the first
+    /// [`LEARNT_MAX`] requests.
+    #[must_use]
+    pub fn requested(&self) -> Vec<StoredRange> {
+        self.0.lock().learnt.clone()
     }
 
     /// Sleep until a request is there or `deadline`; true if one is there.
@@ -264,10 +282,13 @@ impl OutgoingRam {
 }
 
 impl Shared {
-    pub(crate) fn new(ram: Arc<dyn GuestRam>, ignore_shared: bool) -> Self {
+    pub(crate) fn new(blocks: &[BlockLayout], ignore_shared: bool, learns: bool) -> Self {
+        let travels = |block: &&BlockLayout| does_travel(ignore_shared, block.sharing);
+        let sizes = blocks.iter().filter(travels).map(|block| block.page_bytes);
         Self {
-            ram,
             ignore_shared,
+            all_page_bytes: sizes.fold(0, |all, size| all | size),
+            learns,
             state: Mutex::default(),
             requested: Condvar::new(),
             stats: Arc::default(),
@@ -277,7 +298,7 @@ impl Shared {
 
     /// Are the pages of such a block sent?
     pub(crate) fn travels(&self, sharing: crate::Sharing) -> bool {
-        !(self.ignore_shared && sharing == crate::Sharing::Shared)
+        does_travel(self.ignore_shared, sharing)
     }
 
     pub(crate) fn exact_below(&self) -> u64 {
@@ -336,6 +357,7 @@ impl State {
         block: Option<&Name>,
         start: u64,
         bytes: u64,
+        learns: bool,
     ) -> Result<bool, RequestError> {
         if !self.is_postcopy {
             return Err(RequestError::NoPostcopy);
@@ -354,6 +376,14 @@ impl State {
         self.last_block = Some(index);
         // A page is requested once: a flood of requests does not fill the queue.
         let is_new = listed.requested.set_range(host_pages.clone()) > 0;
+        if learns && is_new && self.learnt.len() < LEARNT_MAX {
+            let size = listed.layout.host_pages;
+            self.learnt.push(StoredRange {
+                block: index,
+                first_page: host_pages.start * size,
+                pages: (host_pages.end - host_pages.start) * size,
+            });
+        }
         if !is_new || self.requests.len() >= REQUESTS_MAX {
             return Ok(false);
         }
@@ -397,6 +427,10 @@ impl Listed {
         }
         Ok(start / page_bytes..end.div_ceil(page_bytes))
     }
+}
+
+fn does_travel(ignore_shared: bool, sharing: crate::Sharing) -> bool {
+    !(ignore_shared && sharing == crate::Sharing::Shared)
 }
 
 /// The pages whose bits are not set.

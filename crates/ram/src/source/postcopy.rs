@@ -4,7 +4,8 @@ use vmferry_savevm::{HandlerError, PostcopyHandler, Progress, Sink, TellDiscard}
 use vmferry_stream::DiscardRange;
 
 use super::RamSource;
-use crate::block::{BlockIndex, PAGE_BYTES, RamBlock};
+use super::memory::Memory;
+use crate::block::{BlockIndex, BlockLayout, PAGE_BYTES};
 
 /// Pages that are taken, and read, at once: a request waits for them.
 const RUN_PAGES: u64 = 8;
@@ -94,23 +95,19 @@ impl RamSource {
 impl PostcopyHandler for RamSource {
     fn discard(&mut self, tell: &mut TellDiscard<'_>) -> Result<(), HandlerError> {
         self.collect()?;
-        self.schedule.send_once();
-        self.is_postcopy = true;
-        self.writer.forget_pages();
-        self.writer.forget_block();
+        self.enter_postcopy();
         let mut told = false;
-        let ram = std::sync::Arc::clone(&self.ram);
-        for (index, block) in ram.blocks().iter().enumerate() {
+        for (index, block) in self.listed.iter().enumerate() {
             let mut runs = self.schedule.left_of(BlockIndex(index)).peekable();
             while runs.peek().is_some() {
                 let ranges: Vec<DiscardRange> = runs.by_ref().take(RANGES_MAX).map(range).collect();
-                tell(block.idstr(), &ranges)?;
+                tell(&block.idstr, &ranges)?;
                 told = true;
             }
         }
         if !told && let Some(block) = self.block_to_name() {
             // Without any, no real destination would start its guest.
-            tell(block.idstr(), &[range(0..0)])?;
+            tell(&block.idstr, &[range(0..0)])?;
         }
         self.shared.begin_postcopy();
         self.publish();
@@ -123,11 +120,21 @@ impl PostcopyHandler for RamSource {
 }
 
 impl RamSource {
+    /// From here on each page leaves once, and whole.
+    pub(super) fn enter_postcopy(&mut self) {
+        self.schedule.send_once();
+        if let Memory::Stored(stored) = &self.memory {
+            self.schedule.prefer(stored.ram.working_set());
+        }
+        self.is_postcopy = true;
+        self.writer.forget_pages();
+        self.writer.forget_block();
+    }
+
     /// A block that the destination has of us, if there is one.
-    fn block_to_name(&self) -> Option<&RamBlock> {
-        let blocks = self.ram.blocks();
-        let travels = |block: &&RamBlock| self.shared.travels(block.sharing());
-        blocks.iter().find(travels).or(blocks.first())
+    fn block_to_name(&self) -> Option<&BlockLayout> {
+        let travels = |block: &&BlockLayout| self.shared.travels(block.sharing);
+        self.listed.iter().find(travels).or(self.listed.first())
     }
 }
 

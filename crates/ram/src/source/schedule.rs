@@ -13,10 +13,12 @@
 //!
 //! Rules: `postcopy.md` §2, §4 and §5 of the wire format notes.
 
+use std::collections::VecDeque;
 use std::ops::Range;
 
 use crate::bitmap::PageBitmap;
 use crate::block::BlockIndex;
+use crate::stored::StoredRange;
 
 /// Pages of one block that are to be sent now, in order.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -46,6 +48,8 @@ pub(crate) struct Schedule {
     cursor: (usize, u64),
     /// What is being served; the first page that may be left of it.
     request: Option<Run>,
+    /// What goes before the sweep, although nobody has requested it yet.
+    preferred: VecDeque<Run>,
     /// Bits that are set.
     left: u64,
     /// Bits that there are.
@@ -81,6 +85,7 @@ impl Schedule {
             phase: Phase::Bulk,
             cursor: (0, 0),
             request: None,
+            preferred: VecDeque::new(),
             left: total,
             total,
             passes: 1,
@@ -103,12 +108,16 @@ impl Schedule {
     pub(crate) fn next(&mut self, pages_max: u64) -> Option<Run> {
         let run = match self.phase {
             Phase::Bulk | Phase::Dirty => self.sweep(pages_max),
-            Phase::Once => self.next_requested(pages_max).or_else(|| {
-                self.sweep(pages_max).or_else(|| {
-                    self.cursor = (0, 0);
-                    self.sweep(pages_max)
-                })
-            }),
+            Phase::Once => {
+                let asked = self.next_requested(pages_max);
+                asked
+                    .or_else(|| self.next_preferred(pages_max))
+                    .or_else(|| self.sweep(pages_max))
+                    .or_else(|| {
+                        self.cursor = (0, 0);
+                        self.sweep(pages_max)
+                    })
+            }
         };
         self.left -= run
             .as_ref()
@@ -133,6 +142,22 @@ impl Schedule {
         let left = block.and_then(|block| block.to_send.next_set(request.pages.start));
         let is_left = left.is_some_and(|page| page < request.pages.end);
         self.request = is_left.then_some(request);
+    }
+
+    /// In postcopy these pages go before the sweep, in this order, as far as they were not sent.
+    pub(crate) fn prefer(&mut self, ranges: impl IntoIterator<Item = StoredRange>) {
+        let blocks = &self.blocks;
+        let whole = |range: StoredRange| {
+            let size = blocks.get(range.block.0)?.host_pages;
+            let end = range.first_page.saturating_add(range.pages);
+            let pages =
+                range.first_page - range.first_page % size..end.checked_next_multiple_of(size)?;
+            Some(Run {
+                block: range.block,
+                pages,
+            })
+        };
+        self.preferred = ranges.into_iter().filter_map(whole).collect();
     }
 
     /// Is a request being served?
@@ -223,6 +248,20 @@ impl Schedule {
                 None
             }
         }
+    }
+
+    fn next_preferred(&mut self, pages_max: u64) -> Option<Run> {
+        while let Some(run) = self.preferred.front_mut() {
+            let Range { start, end } = run.pages;
+            let block = self.blocks.get(run.block.0);
+            if let Some(pages) = block.and_then(|block| block.take(start, end, pages_max, true)) {
+                run.pages.start = pages.end;
+                let block = run.block;
+                return Some(Run { block, pages });
+            }
+            self.preferred.pop_front();
+        }
+        None
     }
 
     /// A host page of which a part is to be sent is to be sent whole.

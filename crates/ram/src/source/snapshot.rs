@@ -21,6 +21,7 @@ use rustix::event::{EventfdFlags, eventfd};
 
 use vmferry_savevm::{HandlerError, Pending, Progress, Sink};
 
+use super::memory::Memory;
 use super::schedule::Run;
 use super::{PART_BYTES_MAX, PART_PAGES_MAX, RamSource, RamSourceError};
 use crate::bitmap::PageBitmap;
@@ -315,7 +316,10 @@ impl RamSource {
             return Ok(0);
         };
         let before = snapshot.sent;
-        let (stats, blocks) = (&self.shared.stats, self.ram.blocks());
+        let Memory::Live(live) = &self.memory else {
+            return Ok(0);
+        };
+        let (stats, blocks) = (&self.shared.stats, live.ram.blocks());
         if let Some(copy) = snapshot.next_copy(patience)? {
             let pages = copy.content.len() as u64 / PAGE_BYTES;
             let run = Run {

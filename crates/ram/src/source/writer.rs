@@ -5,11 +5,12 @@ use std::sync::atomic::Ordering::Relaxed;
 use vmferry_savevm::{HandlerError, Sink};
 use vmferry_stream::limits::MAX_HEADER_BYTES;
 use vmferry_stream::xbzrle::{self, Encoded};
-use vmferry_stream::{Encoder, RamPage, RamRecord, Record};
+use vmferry_stream::{Encoder, Name, RamPage, RamRecord, Record};
 
 use super::schedule::Run;
 use super::stats::RamSourceStats;
 use crate::block::{OutOfBlock, PAGE_BYTES, RamBlock};
+use crate::stored::StoredPages;
 use crate::xbzrle_cache::{Page, XbzrleCache};
 
 /// Records and pages are given to the channel in pieces of up to this many bytes.
@@ -148,6 +149,42 @@ impl PageWriter {
                 tally.normal += 1;
             }
             tally.pages += 1;
+        }
+        tally.publish(self.wire_bytes - before, stats);
+        Ok(())
+    }
+
+    /// Write pages that are stored, from `first` on; absent ones are left out.
+    pub(crate) fn stored(
+        &mut self,
+        block: &Name,
+        first: u64,
+        content: &[u8],
+        kinds: StoredPages,
+        stats: &RamSourceStats,
+        sink: &mut dyn Sink,
+    ) -> Result<(), HandlerError> {
+        let before = self.wire_bytes;
+        let mut tally = Tally::default();
+        let pages = content.chunks_exact(PAGE_LENGTH);
+        for (page, (number, content)) in (first..).zip((0..).zip(pages)) {
+            tally.pages += 1;
+            let is = |kind: u64| kind >> number & 1 != 0;
+            if is(kinds.absent) {
+                continue;
+            }
+            self.make_room(sink)?;
+            let at = RamPage {
+                block: block.clone(),
+                offset_bytes: page * PAGE_BYTES,
+            };
+            if is(kinds.zero) {
+                self.head(RamRecord::Zero { page: at, fill: 0 });
+                tally.zero += 1;
+            } else {
+                self.whole_page(at, content);
+                tally.normal += 1;
+            }
         }
         tally.publish(self.wire_bytes - before, stats);
         Ok(())

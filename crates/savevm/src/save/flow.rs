@@ -1,6 +1,7 @@
 //! What all states of the save machine share: the encoder, and what was sent so far.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::time::Duration;
 
 use vmferry_stream::{Command, Encoder, Record, SectionId, SectionKind};
@@ -12,7 +13,7 @@ use crate::machine;
 use crate::registry::{Entry, LiveSaver, Registry};
 
 /// Text of [`Describe::Empty`].
-const EMPTY_DESCRIPTION: &str = "{}";
+const EMPTY_DESCRIPTION: [u8; 2] = *b"{}";
 
 #[derive(Debug)]
 pub(super) struct Flow {
@@ -32,7 +33,7 @@ pub(super) struct Flow {
 #[derive(Debug)]
 enum Description {
     Written(DescriptionWriter),
-    Empty,
+    Text(Arc<[u8]>),
     Suppressed,
 }
 
@@ -41,13 +42,14 @@ impl Flow {
         let configuration = opening
             .configuration
             .then(|| machine::saved(&opening.machine.configuration()));
-        let description = match opening.describe {
+        let description = match &opening.describe {
             Describe::As(dialect) => Description::Written(DescriptionWriter::new(
-                dialect,
+                *dialect,
                 opening.machine.page_bits.bytes(),
                 configuration.as_ref(),
             )),
-            Describe::Empty => Description::Empty,
+            Describe::Text(text) => Description::Text(text.clone()),
+            Describe::Empty => Description::Text(EMPTY_DESCRIPTION.into()),
             Describe::Suppressed => Description::Suppressed,
         };
         Self {
@@ -100,6 +102,21 @@ impl Flow {
             self.live(entry, start, sink, |saver, sink| saver.setup(sink))?;
         }
         Ok(())
+    }
+
+    /// The sections whose handlers `goes_on` were started elsewhere.
+    pub(super) fn take_up(
+        &mut self,
+        registry: &mut Registry<'_>,
+        goes_on: impl Fn(&mut dyn SaveHandler) -> bool,
+    ) {
+        for entry in registry.entries_mut() {
+            let id = entry.section_id();
+            let mut saver = entry.saver().filter(|saver| saver.is_active());
+            if saver.as_mut().is_some_and(|saver| goes_on(&mut ***saver)) {
+                self.started.insert(id);
+            }
+        }
     }
 
     /// One PART of each section whose handler `takes_part`. Those behind one that is in its bulk phase
@@ -285,14 +302,14 @@ impl Flow {
         let mut bytes = Vec::new();
         self.encode(&Record::Eof, &mut bytes);
         let text = match std::mem::replace(&mut self.description, Description::Suppressed) {
-            Description::Written(writer) => Some(writer.finish()),
-            Description::Empty => Some(EMPTY_DESCRIPTION.to_owned()),
+            Description::Written(writer) => Some(writer.finish().into_bytes().into()),
+            Description::Text(text) => Some(text),
             Description::Suppressed => None,
         };
         if let Some(text) = text {
             let length = u32::try_from(text.len()).unwrap_or(u32::MAX);
             self.encode(&Record::Description { bytes: length }, &mut bytes);
-            bytes.extend_from_slice(text.as_bytes());
+            bytes.extend_from_slice(&text);
         }
         put_bytes(&bytes, sink)
     }

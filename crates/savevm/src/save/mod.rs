@@ -16,6 +16,7 @@
 mod flow;
 mod postcopy;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use vmferry_stream::{Command, InstanceId, Name, SectionKind};
@@ -106,10 +107,12 @@ impl Default for Opening {
 }
 
 /// What comes after the EOF of a precopy.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Describe {
     /// A description of every device section, in that dialect.
     As(Dialect),
+    /// This text: that of the stream which the devices' states come from.
+    Text(Arc<[u8]>),
     /// An empty description, `{}`. A destination that gets none says it failed.
     Empty,
     /// Nothing, as from machine types 2.0 to 2.2. The sender must close its connection then.

@@ -11,7 +11,7 @@ use vmferry_stream::limits::MAX_PACKAGE_BYTES;
 use vmferry_stream::{Command, DiscardRange, Name, Record, SectionKind};
 
 use super::flow::{Flow, put_bytes};
-use super::{SaveError, TotalPending};
+use super::{Opening, SaveError, TotalPending};
 use crate::handler::{GuestStopped, Progress, SaveHandler, Sink};
 use crate::registry::Registry;
 
@@ -182,6 +182,16 @@ impl Packed {
 }
 
 impl Postcopy {
+    /// Go on where another machine like this one has stopped, on a new connection: its sections have the
+    /// numbers that they have here. The handlers know already that it is a postcopy.
+    pub fn take_up(opening: &Opening, registry: &mut Registry<'_>) -> Self {
+        let mut flow = Flow::new(opening);
+        flow.take_up(registry, goes_on);
+        Self {
+            flow: Box::new(flow),
+        }
+    }
+
     /// Write one PART of each section that goes on, up to the first that is not finished.
     ///
     /// # Errors
