@@ -5,5 +5,6 @@ mod disks;
 mod liars;
 mod recovery;
 mod refusals;
+mod stored;
 mod switches;
 mod vm;

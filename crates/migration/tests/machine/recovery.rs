@@ -11,7 +11,7 @@ use vmferry_migration::State;
 use crate::vm::{Pair, Vm, rng, same_memory};
 
 /// Two ends with a link between them that breaks, both ways, after so many bytes of the stream.
-fn breaking_after(bytes: u64) -> (UnixStream, UnixStream) {
+pub(crate) fn breaking_after(bytes: u64) -> (UnixStream, UnixStream) {
     let (source, here) = UnixStream::pair().expect("a pair");
     let (there, target) = UnixStream::pair().expect("a pair");
     let ends = Arc::new((here, there));

@@ -356,3 +356,58 @@ fn a_postcopy_sends_what_it_discarded_once() {
         assert!(model.is_whole());
     }
 }
+
+fn range(first_page: u64, pages: u64) -> StoredRange {
+    StoredRange {
+        block: RAM,
+        first_page,
+        pages,
+    }
+}
+
+#[test]
+fn what_is_preferred_goes_between_requests_and_the_sweep() {
+    let mut schedule = Schedule::new(&[small(20), small(2)]);
+    schedule.send_once();
+    schedule.prefer([range(9, 3), range(4, 1), range(10, 2)]);
+    assert_eq!(schedule.next(2), Some(run(0, 9..11)));
+    schedule.serve(run(1, 1..2));
+    assert_eq!(schedule.next(2), Some(run(1, 1..2)));
+    assert_eq!(schedule.next(2), Some(run(0, 11..12)));
+    assert_eq!(schedule.next(2), Some(run(0, 4..5)));
+    // Behind the last request, and round.
+    assert_eq!(schedule.next(99), Some(run(0, 0..4)));
+    assert_eq!(schedule.next(99), Some(run(0, 5..9)));
+    assert_eq!(schedule.next(99), Some(run(0, 12..20)));
+    assert_eq!(schedule.next(99), Some(run(1, 0..1)));
+    assert_eq!(schedule.next(99), None);
+    assert_eq!(schedule.left(), 0);
+}
+
+/// It comes from a file that anybody may have written.
+#[test]
+fn what_is_preferred_need_not_make_sense() {
+    let huge = BlockPages {
+        host_pages: 4,
+        ..small(12)
+    };
+    let mut schedule = Schedule::new(&[huge]);
+    schedule.send_once();
+    let nowhere = StoredRange {
+        block: BlockIndex(7),
+        ..range(0, 1)
+    };
+    let ranges = [
+        nowhere,
+        range(5, 1),
+        range(50, 9),
+        range(u64::MAX, 2),
+        range(3, 0),
+    ];
+    schedule.prefer(ranges);
+    // Whole host pages all the same.
+    assert_eq!(schedule.next(1), Some(run(0, 4..8)));
+    assert_eq!(schedule.next(1), Some(run(0, 0..4)));
+    assert_eq!(schedule.next(1), Some(run(0, 8..12)));
+    assert_eq!(schedule.next(1), None);
+}
