@@ -105,6 +105,7 @@ pub struct Client {
     version: VersionInfo,
     requests: u64,
     patience: Duration,
+    out_of_band: bool,
 }
 
 enum Message {
@@ -141,6 +142,7 @@ impl Client {
             version: VersionInfo::default(),
             requests: 0,
             patience: REPLY_PATIENCE,
+            out_of_band: false,
         };
         let deadline = Instant::now().checked_add(GREETING_PATIENCE);
         let greeting = match client.message(deadline) {
@@ -160,7 +162,15 @@ impl Client {
             .ok_or_else(|| client.not_qmp("the first message is no greeting"))?;
         client.version = serde_json::from_value(version.clone())
             .map_err(|error| client.not_qmp(format!("version in the greeting: {error}")))?;
-        client.execute("qmp_capabilities", json!({}))?;
+        let offered = greeting
+            .as_ref()
+            .and_then(|it| it.get("capabilities")?.as_array());
+        client.out_of_band = offered.is_some_and(|list| list.iter().any(|it| it == "oob"));
+        let enable = match client.out_of_band {
+            true => json!({"enable": ["oob"]}),
+            false => json!({}),
+        };
+        client.execute("qmp_capabilities", enable)?;
         Ok(client)
     }
 
@@ -191,7 +201,28 @@ impl Client {
         reason = "callers build the arguments in place"
     )]
     pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, ClientError> {
-        self.request(command, &arguments, &[])
+        self.request("execute", command, &arguments, &[])
+    }
+
+    /// The same out of band where the server can do that: it answers although it is busy with another
+    /// command, or waits for guest memory. Only for commands whose schema allows it.
+    ///
+    /// # Errors
+    /// As for [`Client::execute`].
+    #[expect(
+        clippy::needless_pass_by_value,
+        reason = "callers build the arguments in place"
+    )]
+    pub fn execute_out_of_band(
+        &mut self,
+        command: &str,
+        arguments: Value,
+    ) -> Result<Value, ClientError> {
+        let how = match self.out_of_band {
+            true => "exec-oob",
+            false => "execute",
+        };
+        self.request(how, command, &arguments, &[])
     }
 
     /// `getfd`: give the server a descriptor under a name. Needs a unix socket.
@@ -199,7 +230,7 @@ impl Client {
     /// # Errors
     /// As for [`Client::execute`].
     pub fn getfd(&mut self, name: &str, fd: BorrowedFd<'_>) -> Result<(), ClientError> {
-        self.request("getfd", &json!({"fdname": name}), &[fd])?;
+        self.request("execute", "getfd", &json!({"fdname": name}), &[fd])?;
         Ok(())
     }
 
@@ -229,13 +260,14 @@ impl Client {
 
     fn request(
         &mut self,
+        how: &str,
         command: &str,
         arguments: &Value,
         fds: &[BorrowedFd<'_>],
     ) -> Result<Value, ClientError> {
         self.requests = self.requests.wrapping_add(1);
         let id = format!("vmferry-{}", self.requests);
-        let mut request = json!({"execute": command, "id": id});
+        let mut request = json!({how: command, "id": id});
         if let (Value::Object(arguments), Some(request)) = (arguments, request.as_object_mut())
             && !arguments.is_empty()
         {

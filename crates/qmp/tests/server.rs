@@ -462,3 +462,39 @@ fn a_reply_to_somebody_else_is_noticed() {
         server.join().unwrap();
     }
 }
+
+#[test]
+fn commands_go_out_of_band_where_the_server_offers_it() {
+    for (offered, enabled, how) in [
+        (json!(["oob"]), json!({"enable": ["oob"]}), "exec-oob"),
+        (json!([]), Value::Null, "execute"),
+    ] {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let server = std::thread::spawn(move || {
+            let mut stream = BufReader::new(theirs);
+            let version = json!({"qemu": {"major": 9}});
+            let mut say = |message: Value| -> Value {
+                writeln!(stream.get_mut(), "{message}").unwrap();
+                let mut request = String::new();
+                stream.read_line(&mut request).unwrap();
+                serde_json::from_str(&request).unwrap_or_default()
+            };
+            let greeting = json!({"QMP": {"version": version, "capabilities": offered}});
+            let negotiation = say(greeting);
+            let request = say(json!({"return": {}, "id": "vmferry-1"}));
+            say(json!({"return": {}, "id": "vmferry-2"}));
+            (negotiation, request)
+        });
+        let stop = Stop::new().unwrap();
+        let mut client = Client::over(ours.into(), "script", &stop).unwrap();
+        let arguments = json!({"uri": "unix:/x"});
+        client
+            .execute_out_of_band("migrate-recover", arguments)
+            .unwrap();
+        drop(client);
+        let (negotiation, request) = server.join().unwrap();
+        assert_eq!(negotiation["arguments"], enabled);
+        assert_eq!(request[how], "migrate-recover");
+        assert_eq!(request["arguments"]["uri"], "unix:/x");
+    }
+}
