@@ -195,9 +195,7 @@ impl Qemu {
     /// Ends it in good order, so that its disks are closed and unlocked.
     pub(crate) fn quit(mut self) {
         self.qmp.execute("quit", &json!({}));
-        until("QEMU to quit", || {
-            self.child.try_wait().expect("a child can be waited for")
-        });
+        until("QEMU to quit", || self.has_ended().then_some(()));
     }
 }
 
