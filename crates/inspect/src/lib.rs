@@ -34,4 +34,5 @@ pub use report::{
     BitmapSummary, DescriptionSource, DeviceReport, DeviceState, DiskSummary, Item, ItemKind,
     MappedSummary, PageCounts, Problem, RamBlockSummary, RamSummary, Report,
 };
-pub use walk::{Body, Description, Event, Finish, Found, VisitError, Visitor, WalkError, walk};
+pub use scan::{BodyEnd, find_body_end};
+pub use walk::{Body, Description, Event, Finish, Found, VisitError, Visitor, WalkError, walk, walk_skipping};

@@ -5,7 +5,7 @@
 //! looks like that by chance is possible, and so unlikely that nobody has seen it.
 
 use memchr::memmem;
-use vmferry_stream::{Decoder, SectionId};
+use vmferry_stream::{Decoder, Section, SectionId};
 
 const FOOTER: u8 = 0x7e;
 const FOOTER_BYTES: usize = 5;
@@ -240,4 +240,41 @@ fn is_command(word: u32) -> bool {
 fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
     let word = bytes.get(at..)?.first_chunk::<4>()?;
     Some(u32::from_be_bytes(*word))
+}
+
+/// Where a device's body ends, for those who are given a stream piece by piece.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BodyEnd {
+    /// The body has this many bytes.
+    At(usize),
+    /// Not among the bytes so far; the first `searched` need not be searched again.
+    NotYet {
+        /// To be said with the next call.
+        searched: usize,
+    },
+}
+
+/// Look for the end of the body of `section`, which `decoder` returned last. `bytes` starts with the body;
+/// the first `searched` of them were searched before. `is_all`: nothing follows them.
+///
+/// An end is the section's footer with something behind it that can follow a section; in a stream without
+/// footers, that alone.
+#[must_use]
+pub fn find_body_end(
+    decoder: &Decoder,
+    section: &Section,
+    bytes: &[u8],
+    searched: usize,
+    is_all: bool,
+) -> BodyEnd {
+    let wanted = Wanted {
+        id: section.id,
+        footers: decoder.footers() != Some(false),
+        decoder,
+        is_all,
+    };
+    match wanted.find(bytes, searched) {
+        End::At { body_bytes, .. } => BodyEnd::At(body_bytes),
+        End::NotYet { searched } => BodyEnd::NotYet { searched },
+    }
 }

@@ -11,6 +11,9 @@ const CHUNK_BYTES: usize = 256 << 10;
 /// too much.
 const WINDOW_BYTES_MAX: usize = HELD_BYTES_MAX + 1;
 
+/// Steps over bytes of an input.
+pub(crate) type Skip<R> = fn(&mut R, u64) -> io::Result<()>;
+
 /// A reader and a window on what comes next.
 #[derive(Debug)]
 pub(crate) struct Source<R> {
@@ -24,13 +27,14 @@ pub(crate) struct Source<R> {
 }
 
 impl<R: Read> Source<R> {
-    pub(crate) fn new(input: R) -> Self {
+    /// The input's first byte is byte `offset`.
+    pub(crate) fn new(input: R, offset: u64) -> Self {
         Self {
             input,
             buffer: vec![0; CHUNK_BYTES],
             start: 0,
             end: 0,
-            offset: 0,
+            offset,
             is_over: false,
         }
     }
@@ -55,6 +59,27 @@ impl<R: Read> Source<R> {
         self.start = self.start.saturating_add(bytes);
         let moved = u64::try_from(bytes).unwrap_or(u64::MAX);
         self.offset = self.offset.saturating_add(moved);
+    }
+
+    /// Step over bytes, most of which the input does not read; `false` if it ends before.
+    pub(crate) fn skip(&mut self, bytes: u64, seek: Skip<R>) -> Result<bool, WalkError> {
+        let have = u64::try_from(self.window().len()).unwrap_or(u64::MAX);
+        let rest = bytes.saturating_sub(have);
+        self.consume(usize::try_from(bytes).unwrap_or(usize::MAX));
+        if rest == 0 {
+            return Ok(true);
+        }
+        match seek(&mut self.input, rest) {
+            Ok(()) => {
+                self.offset = self.offset.saturating_add(rest);
+                Ok(true)
+            }
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(false),
+            Err(source) => Err(WalkError::Read {
+                offset: self.offset,
+                source,
+            }),
+        }
     }
 
     /// Wait until the window has so many bytes; `false` if the input ends before.

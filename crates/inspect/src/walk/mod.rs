@@ -18,11 +18,11 @@ mod search;
 mod slice;
 
 use std::collections::VecDeque;
-use std::io::{self, Read};
+use std::io::{self, Read, Seek};
 
 use vmferry_stream::{
-    Command, Content, DecodeError, Decoder, Ending, Fault, Name, Options, Record, Section,
-    SectionId, SectionKind, Step,
+    Command, Content, DecodeError, Decoder, Ending, Fault, Name, Options, RamRecord, Record,
+    Section, SectionId, SectionKind, Step,
 };
 use vmferry_vmstate::{DescriptionError, VmDescription};
 
@@ -30,7 +30,7 @@ use crate::container::{self, Container, ContainerError};
 use crate::layouts::Layouts;
 use crate::limits::{DESCRIPTION_BYTES_MAX, HELD_BYTES_MAX};
 use crate::scan::{End, Wanted};
-use crate::source::Source;
+use crate::source::{Skip, Source};
 use search::{Search, Seen, find_description};
 use slice::{Slice, Walked};
 
@@ -167,7 +167,34 @@ pub struct Finish {
 /// The stream is broken or truncated, the input cannot be read, or the visitor failed. What was
 /// before that has been told.
 pub fn walk(input: impl Read, visitor: &mut impl Visitor) -> Result<Finish, WalkError> {
-    let mut source = Source::new(input);
+    walk_source(Source::new(input, 0), None, visitor)
+}
+
+/// As [`walk`], of an input that can seek and whose first byte is byte `start` of a file: this is
+/// added to all offsets, and mapped-ram files count from there. Bitmaps, gaps and pages of mapped-ram
+/// files are stepped over and not told. The input refuses to seek behind its end
+/// ([`io::ErrorKind::UnexpectedEof`]).
+///
+/// # Errors
+/// As those of [`walk`].
+pub fn walk_skipping(
+    input: impl Read + Seek,
+    start: u64,
+    visitor: &mut impl Visitor,
+) -> Result<Finish, WalkError> {
+    walk_source(Source::new(input, start), Some(step_over), visitor)
+}
+
+fn step_over(input: &mut impl Seek, bytes: u64) -> io::Result<()> {
+    let bytes = i64::try_from(bytes).map_err(|_| io::ErrorKind::UnexpectedEof)?;
+    input.seek_relative(bytes)
+}
+
+fn walk_source<R: Read>(
+    mut source: Source<R>,
+    skip: Option<Skip<R>>,
+    visitor: &mut impl Visitor,
+) -> Result<Finish, WalkError> {
     let container = container::read(&mut source)?;
     told(visitor.event(Event::Container(&container)))?;
     let base = source.offset();
@@ -178,6 +205,8 @@ pub fn walk(input: impl Read, visitor: &mut impl Visitor) -> Result<Finish, Walk
             ..Options::default()
         }),
         base,
+        skip,
+        is_skipped: false,
         is_described: false,
         visitor,
     };
@@ -189,6 +218,9 @@ struct Walk<'v, R, V> {
     decoder: Decoder,
     /// Where the decoder's first byte stands in the input.
     base: u64,
+    skip: Option<Skip<R>>,
+    /// The record before is one whose payload is stepped over.
+    is_skipped: bool,
     /// The description has been told.
     is_described: bool,
     visitor: &'v mut V,
@@ -210,6 +242,14 @@ impl<R: Read, V: Visitor> Walk<'_, R, V> {
                 Step::Record { record, used } => {
                     self.source.consume(used);
                     told(self.visitor.event(Event::Record(offset, &record)))?;
+                    self.is_skipped = matches!(
+                        record,
+                        Record::Ram(
+                            RamRecord::MappedBitmap { .. }
+                                | RamRecord::MappedGap { .. }
+                                | RamRecord::MappedPages { .. }
+                        )
+                    );
                     self.follow(&record)?;
                 }
             }
@@ -233,6 +273,12 @@ impl<R: Read, V: Visitor> Walk<'_, R, V> {
 
     /// Hand payload on, in the pieces in which it comes.
     fn payload(&mut self, bytes: u32) -> Result<(), WalkError> {
+        if let Some(skip) = self.skip.filter(|_| self.is_skipped) {
+            return match self.source.skip(bytes.into(), skip)? {
+                true => Ok(()),
+                false => self.truncated(),
+            };
+        }
         let mut left = usize::try_from(bytes).unwrap_or(usize::MAX);
         while left > 0 {
             if !self.source.wait_for(1)? {
