@@ -41,8 +41,12 @@ fn places(capture: &Capture, cut: usize) -> Option<Vec<String>> {
     }
     if capture.report.footers == Some(false) {
         // Where one section ends is only clear from the header of the next, which is not whole.
-        let before = item.offset.saturating_sub(1);
-        if let Some((section, _)) = capture.section_of(capture.item_at(before as usize)) {
+        let before = |item: &Item| capture.item_at(item.offset.saturating_sub(1) as usize);
+        let last = match before(item) {
+            eof if eof.kind == ItemKind::Eof => before(eof),
+            last => last,
+        };
+        if let Some((section, _)) = capture.section_of(last) {
             places.push(section);
         }
     }
