@@ -5,11 +5,12 @@ use serde_json::json;
 use crate::checker::Checker;
 use crate::contents::{assert_same_memory, memory_of};
 use crate::host::Host;
+use crate::interruptions::settings;
 use crate::need;
 use crate::peers::long;
 use crate::peers::qemu::Version;
 use crate::peers::vmferry::Vmferry;
-use crate::ways::{FAST, Restore, postcopy};
+use crate::ways::{FAST, Park, Restore, postcopy};
 
 const CHANNELS: &str = "3";
 
@@ -126,26 +127,15 @@ fn a_source_is_told_to_use_several_connections() {
         if from == V7_2 {
             source.stop();
         }
-        let ask = |host: &mut Host| {
-            let answer = host
-                .qemu
-                .qmp
-                .execute("query-migrate-capabilities", &json!({}));
-            let parameters = host
-                .qemu
-                .qmp
-                .execute("query-migrate-parameters", &json!({}));
-            (answer, parameters)
-        };
-        let settings = ask(&mut source);
+        let before = settings(&mut source);
         let more = [
             "--multifd-channels",
             CHANNELS,
             "--multifd-compression",
             compression,
         ];
-        crate::ways::Park::Migrate.park_with(&mut source, &image, &more);
-        assert_eq!(ask(&mut source), settings);
+        Park::Migrate.park_with(&mut source, &image, &more);
+        assert_eq!(settings(&mut source), before);
         let before = memory_of(&mut source.qemu);
         drop(source);
         let mut host = Host::waiting(need!(checker.host(to)).args(["-S"]));

@@ -6,6 +6,8 @@
 mod checker;
 #[path = "../memory/contents.rs"]
 mod contents;
+#[path = "../memory/link.rs"]
+mod link;
 #[path = "../memory/monitor.rs"]
 mod monitor;
 #[path = "../peers/mod.rs"]
@@ -18,6 +20,7 @@ mod deaths;
 mod disks;
 mod guest;
 mod host;
+mod interruptions;
 mod journeys;
 mod kills;
 mod learning;

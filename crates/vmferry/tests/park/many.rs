@@ -131,3 +131,35 @@ fn many_find_an_image_without_an_index() {
         assert!(index.len() > 1000, "it was not built again");
     }
 }
+
+/// An index that was put elsewhere is found there; the folder of the image needs nothing but the image.
+#[test]
+fn an_index_may_be_elsewhere() {
+    need!(postcopy());
+    let [images, indexes] = [(), ()].map(|()| tempfile::tempdir().expect("a temporary folder"));
+    let image = images.path().join("image");
+    let index = indexes.path().join("index").display().to_string();
+    let mut checker = Checker::new();
+    let mut source = Host::running(need!(checker.host(Version::V10_0)));
+    checker.goes_on(2);
+    Park::Migrate.park_with(&mut source, &image, &["--index", &index]);
+    drop(source);
+    let built = fs::read(&index).expect("it is there");
+    for to in [Version::V7_2, Version::V10_0] {
+        let mut branch = checker.clone();
+        let mut host = Host::waiting(need!(branch.host(to)));
+        let words = Restore::POSTCOPY.words(&image, &mut host);
+        let words = words
+            .into_iter()
+            .chain(["--index", &index].map(OsString::from));
+        let words: Vec<OsString> = words.collect();
+        let mut send = need!(where_read_only(images.path(), &words));
+        send.event("completed");
+        send.succeeds();
+        host.qemu.migrated();
+        branch.goes_on(2);
+        assert!(fs::read(&index).expect("it is there") == built);
+    }
+    let left = fs::read_dir(images.path()).expect("the folder is there");
+    assert_eq!(left.count(), 1, "only the image is there");
+}
