@@ -35,4 +35,6 @@ pub use report::{
     MappedSummary, PageCounts, Problem, RamBlockSummary, RamSummary, Report,
 };
 pub use scan::{BodyEnd, find_body_end};
-pub use walk::{Body, Description, Event, Finish, Found, VisitError, Visitor, WalkError, walk, walk_skipping};
+pub use walk::{
+    Body, Description, Event, Finish, Found, VisitError, Visitor, WalkError, walk, walk_skipping,
+};

@@ -1,0 +1,4 @@
+//! Images, opened and read.
+
+mod captures;
+mod support;
