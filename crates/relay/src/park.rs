@@ -19,6 +19,7 @@
 //! before that leaves it where it was, as far as the source can take it back.
 
 mod error;
+mod indexer;
 mod memory;
 mod output;
 mod package;
@@ -26,7 +27,7 @@ mod parker;
 mod receive;
 mod tail;
 
-pub use error::ParkError;
+pub use error::{MemoryFault, ParkError};
 pub use memory::MEMORY_BYTES_MAX;
 pub use parker::{ParkEvent, ParkOptions, Parked, Parker, Parking};
 pub use receive::{Reconnect, receive};

@@ -234,7 +234,7 @@ mod tests {
         memory.add(&name("a"), 0x3000).unwrap();
         memory.track().unwrap();
         memory.add(&name("b"), 0x100_0000).unwrap();
-        let mut come = |memory: &mut Memory, block: &str, offset_bytes| {
+        let come = |memory: &mut Memory, block: &str, offset_bytes| {
             let block = name(block);
             let place = memory.place(&RamPage {
                 block,
@@ -279,6 +279,6 @@ mod tests {
         assert_eq!(over, Err(MemoryFault::TooLarge));
         // What comes by precopy needs no bits.
         let mut memory = Memory::new();
-        memory.add(&name("a"), u64::MAX & !0xfff).unwrap();
+        memory.add(&name("a"), !0xfff).unwrap();
     }
 }

@@ -4,6 +4,8 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
+use super::error::ParkError;
+
 /// Smaller pieces are collected up to this many bytes.
 const COLLECT_BYTES: usize = 256 << 10;
 /// Larger ones are written as they are, instead of being copied first.
@@ -74,6 +76,45 @@ impl Output {
     pub(super) fn into_file(self) -> File {
         self.file
     }
+}
+
+/// A piece of input, of which the bytes in `run..at` go into the file as they are.
+pub(super) struct Window<'a> {
+    pub(super) bytes: &'a [u8],
+    pub(super) run: usize,
+    pub(super) at: usize,
+}
+
+impl<'a> Window<'a> {
+    pub(super) fn rest(&self) -> &'a [u8] {
+        &self.bytes[self.at..]
+    }
+
+    /// Give what was collected to the file; what follows is not part of it.
+    pub(super) fn write(&mut self, output: &mut Output) -> Result<(), ParkError> {
+        put(output, &self.bytes[self.run..self.at])?;
+        self.run = self.at;
+        Ok(())
+    }
+
+    pub(super) fn drop(&mut self, bytes: usize) {
+        debug_assert_eq!(self.run, self.at);
+        self.at += bytes;
+        self.run = self.at;
+    }
+
+    /// Offset in the file of the next byte.
+    pub(super) fn offset(&self, output: &Output) -> u64 {
+        output.offset() + (self.at - self.run) as u64
+    }
+}
+
+/// Give bytes to the file.
+pub(super) fn put(output: &mut Output, bytes: &[u8]) -> Result<(), ParkError> {
+    let offset = output.offset();
+    output
+        .put(bytes)
+        .map_err(|source| ParkError::File { offset, source })
 }
 
 #[cfg(test)]

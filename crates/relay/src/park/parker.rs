@@ -1,26 +1,30 @@
 //! A stream, pushed in pieces, becomes a file.
 
+mod judge;
+
 use std::collections::VecDeque;
 use std::fs::File;
 use std::path::PathBuf;
 
-use vmferry_image::{FileStorage, ImageError, IndexBuilder, IndexPlace};
+use vmferry_image::{FileStorage, IndexBuilder, IndexPlace};
 use vmferry_inspect::limits::HELD_BYTES_MAX;
 use vmferry_inspect::{BodyEnd, find_body_end};
 use vmferry_stream::limits::MAX_HEADER_BYTES;
 use vmferry_stream::{
-    Command, Content, Decoder, Encoder, Ending, Name, Options, RamPage, RamRecord, Record, Section,
-    SectionKind, Step,
+    Command, Content, Decoder, Encoder, Ending, Name, Options, RamRecord, Record, Section, Step,
 };
 
 use super::error::{MemoryFault, ParkError};
-use super::memory::{Memory, Place};
-use super::output::Output;
+use super::indexer::{IncomingPage, Indexer};
+use super::memory::Memory;
+use super::output::{Output, Window, put};
 use super::package::Package;
 use super::tail;
 
 /// The description of a machine whose source sent none.
 const EMPTY_DESCRIPTION: &[u8] = b"{}";
+
+const DEVICE_TOO_LONG: &str = "the state of a device is longer than can be held";
 
 /// How to park.
 #[derive(Debug, Default)]
@@ -117,60 +121,6 @@ pub struct Parker {
     failed: bool,
 }
 
-/// Makes the index, if one is wanted.
-#[derive(Debug)]
-pub(super) struct Indexer(pub(super) Option<(IndexBuilder, FileStorage)>);
-
-impl Indexer {
-    pub(super) fn record(
-        &mut self,
-        offset: u64,
-        bytes: u64,
-        record: &Record,
-    ) -> Result<(), ImageError> {
-        match &mut self.0 {
-            None => Ok(()),
-            Some((builder, _)) => builder.record(offset, bytes, record),
-        }
-    }
-
-    /// A record with its payload.
-    fn page(
-        &mut self,
-        offset: u64,
-        bytes: u64,
-        record: &Record,
-        payload: &[u8],
-    ) -> Result<(), ImageError> {
-        match &mut self.0 {
-            None => Ok(()),
-            Some((builder, _)) => {
-                builder.record(offset, bytes, record)?;
-                builder.payload(offset + bytes, payload)
-            }
-        }
-    }
-
-    pub(super) fn device(
-        &mut self,
-        section: &Section,
-        offset: u64,
-        bytes: &[u8],
-    ) -> Result<(), ImageError> {
-        match &mut self.0 {
-            None => Ok(()),
-            Some((builder, _)) => builder.device(section, offset, bytes),
-        }
-    }
-
-    pub(super) fn description(&mut self, offset: u64, text: &[u8]) -> Result<(), ImageError> {
-        match &mut self.0 {
-            None => Ok(()),
-            Some((builder, _)) => builder.description(offset, text),
-        }
-    }
-}
-
 #[derive(Debug)]
 enum State {
     Precopy,
@@ -209,16 +159,6 @@ enum Payload {
     Kept,
 }
 
-/// A page whose payload is on its way.
-#[derive(Debug)]
-struct IncomingPage {
-    place: Place,
-    /// Its record, with the place and length of the header in the file.
-    record: Option<(Record, u64, u64)>,
-    /// What has come, if it came in pieces.
-    bytes: Vec<u8>,
-}
-
 /// What becomes of a record.
 enum Fate {
     Keep,
@@ -229,70 +169,11 @@ enum Fate {
     Replace(Vec<u8>),
 }
 
-impl IncomingPage {
-    /// Take a piece of the payload, of which `left` bytes are still to come.
-    fn take(&mut self, piece: &[u8], left: usize, index: &mut Indexer) -> Result<(), ImageError> {
-        if index.0.is_none() {
-            return Ok(());
-        }
-        let is_last = piece.len() == left;
-        if !is_last || !self.bytes.is_empty() {
-            self.bytes.extend_from_slice(piece);
-        }
-        if let (true, Some((record, offset, bytes))) = (is_last, &self.record) {
-            let payload = match self.bytes.is_empty() {
-                true => piece,
-                false => &self.bytes,
-            };
-            index.page(*offset, *bytes, record, payload)?;
-        }
-        Ok(())
-    }
-}
-
 fn is_discard(record: &Record) -> bool {
     matches!(
         record,
         Record::Command(Command::PostcopyRamDiscard { .. }) | Record::DiscardRange(_)
     )
-}
-
-/// A piece of input, of which the bytes in `run..at` go into the file as they are.
-struct Window<'a> {
-    bytes: &'a [u8],
-    run: usize,
-    at: usize,
-}
-
-impl<'a> Window<'a> {
-    fn rest(&self) -> &'a [u8] {
-        &self.bytes[self.at..]
-    }
-
-    /// Give what was collected to the file; what follows is not part of it.
-    fn write(&mut self, output: &mut Output) -> Result<(), ParkError> {
-        put(output, &self.bytes[self.run..self.at])?;
-        self.run = self.at;
-        Ok(())
-    }
-
-    fn drop(&mut self, bytes: usize) {
-        debug_assert_eq!(self.run, self.at);
-        self.at += bytes;
-        self.run = self.at;
-    }
-
-    /// Offset in the file of the next byte.
-    fn offset(&self, output: &Output) -> u64 {
-        output.offset() + (self.at - self.run) as u64
-    }
-}
-
-fn put(output: &mut Output, bytes: &[u8]) -> Result<(), ParkError> {
-    let offset = output.offset();
-    output
-        .put(bytes)
-        .map_err(|source| ParkError::File { offset, source })
 }
 
 impl Parker {
@@ -374,7 +255,7 @@ impl Parker {
             self.carry.extend_from_slice(&bytes[used..]);
         }
         if self.carry.len() > HELD_BYTES_MAX {
-            return Err(self.refused("the state of a device is longer than can be held"));
+            return Err(self.refused(DEVICE_TOO_LONG));
         }
         Ok(())
     }
@@ -628,236 +509,6 @@ impl Parker {
         Ok(())
     }
 
-    fn judge(&mut self, record: &Record, window: &Window<'_>) -> Result<Fate, ParkError> {
-        self.payload = Payload::Kept;
-        match record {
-            Record::Configuration(configuration) => {
-                if configuration.has_capability("mapped-ram") {
-                    return Err(self.refused(
-                        "the stream has its memory at fixed file offsets (capability mapped-ram): it is \
-                         a file, and nothing that is received",
-                    ));
-                }
-                self.memory.page = configuration.page_bits.unwrap_or(self.memory.page);
-                Ok(Fate::Keep)
-            }
-            Record::Section(section) => self.section(section, window),
-            Record::SectionEnd { .. } => {
-                let ended = self.open.take();
-                self.body_ended = false;
-                if ended.is_some_and(|section| {
-                    section.content() == Content::Ram && section.kind == SectionKind::End
-                }) {
-                    self.ram_ended()?;
-                }
-                Ok(Fate::Keep)
-            }
-            Record::Ram(record) => self.ram_record(record),
-            Record::Bitmap(record) => {
-                self.body_ended = *record == vmferry_stream::BitmapRecord::EndOfSection;
-                Ok(Fate::Keep)
-            }
-            Record::Command(command) => self.command(command),
-            Record::DiscardRange(range) => {
-                if let Some(block) = &self.discard {
-                    let discarded = self.memory.discard(block, *range);
-                    discarded.map_err(|fault| self.wrong(fault))?;
-                }
-                Ok(Fate::Drop)
-            }
-            Record::Eof if self.holds_package() => Ok(Fate::Drop),
-            Record::Description { bytes } => {
-                self.payload = Payload::Description {
-                    offset: 0,
-                    text: Vec::new(),
-                };
-                match usize::try_from(*bytes) {
-                    Ok(bytes) if bytes <= HELD_BYTES_MAX => Ok(Fate::Keep),
-                    _ => Err(self.refused("the description is longer than can be held")),
-                }
-            }
-            Record::Header { .. } | Record::Block(_) | Record::Eof => Ok(Fate::Keep),
-        }
-    }
-
-    fn section(&mut self, section: &Section, window: &Window<'_>) -> Result<Fate, ParkError> {
-        self.open = Some(section.clone());
-        self.body_ended = false;
-        self.searched = 0;
-        match (section.content(), section.kind) {
-            (Content::Block, _) => Err(self.refused(
-                "the stream holds disks (section 'block'), which a parked machine does not: say --disk to \
-                 take them out",
-            )),
-            (Content::Device, SectionKind::Full) if self.holds_package() => {
-                let name = &section.name;
-                Err(self.refused(format!("device '{name}' comes behind the package")))
-            }
-            (Content::Device, SectionKind::Full) if self.ram == Ram::Ended => {
-                // Their ends stand in the description, at the very end.
-                self.tail_start = Some(window.offset(&self.output));
-                self.decoder.pass_rest();
-                Ok(Fate::KeepUnread)
-            }
-            (Content::Device, SectionKind::Full) => Ok(Fate::Keep),
-            (Content::Device, _) => {
-                let name = &section.name;
-                Err(self.refused(format!(
-                    "live section '{name}' is unknown: such a machine cannot be parked"
-                )))
-            }
-            (Content::Ram, SectionKind::Start | SectionKind::Full) if self.ram != Ram::NotYet => {
-                Err(self.refused("a second 'ram' section"))
-            }
-            (Content::Ram, SectionKind::Start) => {
-                self.ram = Ram::Live;
-                Ok(Fate::Keep)
-            }
-            (Content::Ram, SectionKind::Full) => Err(self.refused("'ram' is no live section")),
-            (Content::Ram | Content::DirtyBitmap, _) => Ok(Fate::Keep),
-        }
-    }
-
-    fn ram_ended(&mut self) -> Result<(), ParkError> {
-        self.ram = Ram::Ended;
-        // A machine has firmware, at least, which is not zero; unless its memory is shared with its
-        // successor. Pages that are discarded are counted anyway.
-        let zero_bytes = self
-            .figures
-            .zero_pages
-            .saturating_mul(self.memory.page_bytes());
-        let has_come = self.figures.pages > 0 || zero_bytes >= self.memory.total_bytes;
-        if !has_come && !self.memory.is_shared && !self.holds_package() {
-            return Err(ParkError::NoPages {
-                offset: self.decoder.offset(),
-                total_bytes: self.memory.total_bytes,
-            });
-        }
-        Ok(())
-    }
-
-    fn ram_record(&mut self, record: &RamRecord) -> Result<Fate, ParkError> {
-        match record {
-            RamRecord::Block {
-                name,
-                used_bytes,
-                page_bytes,
-                guest_address,
-                ..
-            } => {
-                self.memory.is_shared |= guest_address.is_some();
-                let added = self.memory.add(name, *used_bytes);
-                added.map_err(|fault| self.wrong(fault))?;
-                if page_bytes.is_none() {
-                    return Ok(Fate::Keep);
-                }
-                // Only a destination that was advised expects it.
-                let plain = Record::Ram(RamRecord::Block {
-                    name: name.clone(),
-                    used_bytes: *used_bytes,
-                    page_bytes: None,
-                    guest_address: *guest_address,
-                    mapped: None,
-                });
-                Ok(Fate::Replace(self.encoded(&plain)))
-            }
-            RamRecord::Page { page, .. } | RamRecord::Compressed { page, .. } => {
-                self.figures.pages += 1;
-                self.page(page)
-            }
-            RamRecord::Zero { page, .. } => {
-                self.figures.zero_pages += 1;
-                self.page(page)
-            }
-            RamRecord::Xbzrle { .. } if self.holds_package() => {
-                Err(self.refused("a page comes as what changed in it, behind the package"))
-            }
-            RamRecord::Xbzrle { page, .. } => {
-                self.figures.xbzrle_pages += 1;
-                self.page(page)
-            }
-            RamRecord::MultifdFlush => Err(self.refused(
-                "the source sends pages over other connections (multifd); say --multifd-channels here, or \
-                 turn multifd off there",
-            )),
-            RamRecord::EndOfSection => {
-                self.body_ended = true;
-                Ok(Fate::Keep)
-            }
-            RamRecord::BlockList { .. }
-            | RamRecord::MappedBitmap { .. }
-            | RamRecord::MappedGap { .. }
-            | RamRecord::MappedPages { .. } => Ok(Fate::Keep),
-        }
-    }
-
-    fn page(&mut self, page: &RamPage) -> Result<Fate, ParkError> {
-        let place = self.memory.place(page);
-        self.payload = Payload::Page(IncomingPage {
-            place: place.map_err(|fault| self.wrong(fault))?,
-            record: None,
-            bytes: Vec::new(),
-        });
-        Ok(Fate::Keep)
-    }
-
-    fn command(&mut self, command: &Command) -> Result<Fate, ParkError> {
-        let is_postcopy = self.holds_package();
-        match command {
-            Command::OpenReturnPath => self.events.push_back(ParkEvent::OpenReturnPath),
-            Command::Ping(value) => self.events.push_back(ParkEvent::Ping(*value)),
-            Command::SwitchoverStart if !is_postcopy => return Ok(Fate::Keep),
-            Command::SwitchoverStart => {}
-            Command::PostcopyAdvise(sizes) => {
-                if std::mem::replace(&mut self.advised, true) {
-                    return Err(self.refused("a second POSTCOPY_ADVISE"));
-                }
-                if sizes.is_some() {
-                    self.advise()?;
-                }
-                self.events.push_back(ParkEvent::Advised);
-            }
-            Command::PostcopyRamDiscard { block, .. } if self.advised && !is_postcopy => {
-                self.discard = Some(block.clone());
-            }
-            Command::Packaged { bytes } if self.advised && !is_postcopy => {
-                if usize::try_from(*bytes).is_ok_and(|bytes| bytes > HELD_BYTES_MAX) {
-                    return Err(self.refused("the postcopy's package is longer than can be held"));
-                }
-                self.payload = Payload::Package {
-                    offset: self.decoder.offset(),
-                    bytes: Vec::new(),
-                };
-            }
-            Command::ReceivedBitmap(block) if self.resuming => {
-                self.events
-                    .push_back(ParkEvent::ReceivedBitmap(block.clone()));
-            }
-            Command::PostcopyResume if self.resuming => {
-                self.resuming = false;
-                self.events.push_back(ParkEvent::Resume);
-            }
-            Command::ReceivedBitmap(_) | Command::PostcopyResume => {}
-            Command::EnableColo => return Err(self.refused("COLO cannot be parked")),
-            Command::PostcopyListen
-            | Command::PostcopyRun
-            | Command::PostcopyRamDiscard { .. }
-            | Command::Packaged { .. } => {
-                let name = command.name();
-                return Err(self.refused(format!("{name} does not belong here")));
-            }
-        }
-        Ok(Fate::Drop)
-    }
-
-    fn advise(&mut self) -> Result<(), ParkError> {
-        if self.figures.pages + self.figures.zero_pages > 0 {
-            return Err(self.refused("POSTCOPY_ADVISE comes behind the first page"));
-        }
-        let tracked = self.memory.track();
-        tracked.map_err(|fault| self.wrong(fault))
-    }
-
     /// Take what there is of the payload.
     fn payload(&mut self, window: &mut Window<'_>) -> Result<(), ParkError> {
         let rest = window.rest();
@@ -976,6 +627,7 @@ impl Parker {
         };
         let bytes = window.rest();
         match find_body_end(&self.decoder, section, bytes, self.searched, is_all) {
+            BodyEnd::At(length) if length > HELD_BYTES_MAX => Err(self.refused(DEVICE_TOO_LONG)),
             BodyEnd::At(length) => {
                 self.decoder.skip_device(length as u64);
                 self.body_ended = true;

@@ -13,7 +13,7 @@ use vmferry_stream::{
     SectionId, SectionKind,
 };
 
-use super::parker::Indexer;
+use super::indexer::Indexer;
 
 /// The shortest start of a stream that tells whether sections end in footers.
 pub(super) fn prefix(footers: bool) -> Vec<u8> {

@@ -1,0 +1,8 @@
+//! Machines that come from a source go into a file: real streams, streams that break, streams that lie.
+
+mod answers;
+mod captures;
+mod contents;
+mod cuts;
+mod recovery;
+mod refusals;
