@@ -3,7 +3,7 @@
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::PollFlags;
 use rustix::io::Errno;
@@ -90,6 +90,15 @@ impl Listener {
         })
     }
 
+    /// Another handle for the same socket, which does not own its file.
+    pub fn try_clone(&self) -> std::io::Result<Self> {
+        Ok(Self {
+            fd: self.fd.try_clone()?,
+            local: self.local.clone(),
+            _file: None,
+        })
+    }
+
     /// The address to connect to, with the port that the kernel chose. `fd:N` for a handed-in
     /// socket without a name.
     #[must_use]
@@ -99,8 +108,14 @@ impl Listener {
 
     /// Wait for a connection.
     pub fn accept(&self, stop: &Stop) -> Result<Socket> {
+        self.accept_until(stop, None)
+    }
+
+    /// [`Listener::accept`], but [`ChannelError::TimedOut`] if nobody came before `deadline`. Who waits
+    /// already is accepted even if the deadline has passed.
+    pub fn accept_until(&self, stop: &Stop, deadline: Option<Instant>) -> Result<Socket> {
         let name = self.local.to_string();
-        let patience = Patience::new("accept on", &name, stop, None);
+        let patience = Patience::new("accept on", &name, stop, deadline);
         loop {
             // Poll first: a handed-in socket may be in blocking mode.
             patience.wait(self.fd.as_fd(), PollFlags::IN)?;

@@ -184,6 +184,22 @@ fn a_stop_wakes_accept() {
     talk(&listener, listener.local());
 }
 
+#[test]
+fn accept_gives_up_at_its_deadline_but_takes_who_waits() {
+    let folder = tempfile::tempdir().unwrap();
+    let listener = Listener::bind(&unix(&folder.path().join("socket"))).unwrap();
+    let past = Some(Instant::now());
+    let error = listener.accept_until(&stop(), past).unwrap_err();
+    assert!(matches!(error, ChannelError::TimedOut { .. }), "{error}");
+    let twin = listener.try_clone().unwrap();
+    assert_eq!(twin.local(), listener.local());
+    let _client = connect(listener.local(), &stop(), PATIENCE).unwrap();
+    twin.accept_until(&stop(), past).unwrap();
+    // The file is the first one's.
+    drop(twin);
+    talk(&listener, listener.local());
+}
+
 /// A unix listener that accepts nobody and whose backlog is full.
 fn full_unix_listener(folder: &Path) -> (OwnedFd, Uri) {
     use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};

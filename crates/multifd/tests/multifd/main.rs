@@ -1,0 +1,5 @@
+//! Many connections to one plain stream and back, in one process.
+
+mod captures;
+mod ends;
+mod plain;
