@@ -155,6 +155,11 @@ impl Engine {
         }
     }
 
+    /// It is a postcopy as soon as it can be.
+    pub(crate) fn start_postcopy(&mut self) {
+        self.start_postcopy = true;
+    }
+
     pub(crate) fn gate(&self) -> Arc<CancelGate> {
         Arc::clone(&self.gate)
     }

@@ -51,6 +51,10 @@ pub enum SourceMemory {
 }
 
 impl SourceMemory {
+    pub(crate) fn is_stored(&self) -> bool {
+        matches!(self, Self::Stored(_))
+    }
+
     pub(crate) fn source(self, options: RamSourceOptions) -> Result<RamSource, RamSourceError> {
         match self {
             Self::Live {

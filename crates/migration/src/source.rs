@@ -33,7 +33,7 @@ use vmferry_savevm::{HandlerError, RegisterError, SaveError};
 use vmferry_stream::Name;
 
 use crate::engine::{Engine, take_leases};
-use crate::guest::{SourceMachine, SourceMemory};
+use crate::guest::SourceMachine;
 use crate::hand_over::{CancelGate, Decision, SourceDisk};
 use crate::line::Line;
 use crate::moving::Moving;
@@ -246,7 +246,8 @@ impl RunningSource {
         Self::start_thread(job, None, false, published)
     }
 
-    /// Start the migration of a machine, with those of its disks that are not shared.
+    /// Start the migration of a machine, with those of its disks that are not shared. One that is parked
+    /// runs at the destination at once, if it may become a postcopy.
     ///
     /// # Errors
     /// A disk in use, memory that cannot be migrated, no thread to be had: nothing was sent, nothing
@@ -271,8 +272,7 @@ impl RunningSource {
         machine: SourceMachine,
         published: Published,
     ) -> Result<Self, SourceFailure> {
-        let is_stored = matches!(machine.memory, SourceMemory::Stored(_));
-        if !is_stored || !machine.ram_options.postcopy || !job.disks.is_empty() {
+        if !machine.memory.is_stored() || !machine.ram_options.postcopy || !job.disks.is_empty() {
             return Err(SourceFailure::NotTakenUp);
         }
         Self::start_thread(job, Some(machine), true, published)
@@ -293,11 +293,18 @@ impl RunningSource {
         let leases = take_leases(&job.disks)?;
         let disk_bytes = leases.iter().map(|(l, _)| l.node().limits().length).sum();
         let can_postcopy = machine.as_ref().is_some_and(|it| it.ram_options.postcopy);
+        // Nothing is gained by waiting: it does not run here.
+        let at_once = machine
+            .as_ref()
+            .is_some_and(|it| it.ram_options.postcopy && it.memory.is_stored());
         let moving = Moving::new(leases, machine, &job.capabilities, taken_up)?;
         let ram = moving.sections.ram.clone();
         let (events, inbox) = channel();
         let line = Line::new(job.stop.clone());
         let mut engine = Engine::new(&job, line.clone(), published.clone(), events.clone(), inbox);
+        if at_once {
+            engine.start_postcopy();
+        }
         let (gate, throttle) = (engine.gate(), engine.throttle());
         published.update(|status| {
             status.state = State::Setup;

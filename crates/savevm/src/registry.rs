@@ -94,6 +94,7 @@ pub struct Registration<'a> {
     versions: Option<RangeInclusive<u32>>,
     priority: Priority,
     early: bool,
+    may_repeat: bool,
     state: State<'a>,
 }
 
@@ -321,7 +322,7 @@ impl<'a> Registry<'a> {
         if registration.path.is_none() {
             let instance = registration.instance.unwrap_or_else(|| self.free(own));
             let taken = |e: &Entry<'_>| e.idstr == *idstr && e.instance == instance;
-            if self.entries.iter().any(taken) {
+            if !registration.may_repeat && self.entries.iter().any(taken) {
                 let idstr = idstr.clone();
                 return Err(RegisterError::Taken { idstr, instance });
             }
@@ -415,6 +416,7 @@ impl<'a> Registration<'a> {
             versions,
             priority: Priority::default(),
             early: false,
+            may_repeat: false,
             state,
         }
     }
@@ -437,6 +439,13 @@ impl<'a> Registration<'a> {
     /// streams of that version, which must be one that is read; others may use it as well.
     pub fn alias(mut self, instance: InstanceId, required_for_version: u32) -> Self {
         self.alias = Some((instance, required_for_version));
+        self
+    }
+
+    /// Another section may have the same name and instance, as in streams of real machines: a
+    /// destination gives both to one device. For whoever saves what came from elsewhere.
+    pub fn may_repeat(mut self) -> Self {
+        self.may_repeat = true;
         self
     }
 

@@ -119,9 +119,6 @@ fn it_is_restored_as_often_as_one_likes() {
         let ends = UnixStream::pair().expect("a pair");
         let source = machine(&from, &parked, postcopy);
         let mut pair = Pair::between(source, to.destination(postcopy), ends, (None, None));
-        if postcopy {
-            pair.source.start_postcopy().expect("it can");
-        }
         let status = pair.wait();
         assert_eq!(status.state, State::Completed, "{status:?}");
         pair.received().expect("arrived");
@@ -153,7 +150,6 @@ fn another_process_goes_on() {
         let source = machine(&from, &parked, true);
         let ends = breaking_after(cut);
         let mut pair = Pair::between(source, to.destination(true), ends, (None, None));
-        let _ = pair.source.start_postcopy();
         let settled = |state: State| state.is_over() || state == State::PostcopyPaused;
         let mut state = pair.wait_for(|status| settled(status.state)).state;
         let mut there = pair.wait_there(|status| settled(status.state)).state;
@@ -201,7 +197,6 @@ fn a_page_that_cannot_be_read_pauses() {
     let ends = UnixStream::pair().expect("a pair");
     let source = machine(&from, &parked, true);
     let mut pair = Pair::between(source, to.destination(true), ends, (None, None));
-    pair.source.start_postcopy().expect("it can");
     let paused = pair.wait_for(|status| status.state == State::PostcopyPaused);
     let error = paused.error.expect("a reason");
     assert!(error.contains("the page is damaged"), "{error}");
