@@ -90,6 +90,6 @@ pub use create::{CreateOptions, create};
 pub use device::{LayerExtent, LayerKind};
 pub use disk::{OpenOptions, Qcow2Disk};
 pub use error::Error;
-pub use snapshot::{NewSnapshot, Snapshot, VmStateReader, VmStateWriter};
+pub use snapshot::{NewSnapshot, Snapshot, VmState, VmStateReader, VmStateWriter};
 pub use snapshot_table::{SnapshotEntry, SnapshotTable};
 pub use storage::{FileStorage, Storage};

@@ -63,3 +63,6 @@ pub const CHECK_TABLES_MAX: u64 = 1 << 22;
 pub const CHECK_CLUSTERS_MAX: u64 = 1 << 27;
 /// So many findings of each kind are described by a check; the others are only counted.
 pub const FINDINGS_MAX: u64 = 1000;
+/// Memory for L2 tables of a VM state that is read, 16 MiB (but at least one table): enough for 128 GiB
+/// in 64 KiB clusters.
+pub const VM_STATE_L2_BYTES: u64 = 16 << 20;

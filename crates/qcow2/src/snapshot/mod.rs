@@ -33,7 +33,7 @@ use crate::snapshot_table::{SnapshotEntry, SnapshotTable};
 use crate::state::State;
 use crate::types::{COPIED, GuestCluster, HostCluster};
 
-pub use vm_state::{VmStateReader, VmStateWriter};
+pub use vm_state::{VmState, VmStateReader, VmStateWriter};
 
 /// A snapshot to be made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -13,7 +13,7 @@ use vmferry_qcow2::{
     check, create,
 };
 
-use crate::support::{Bytes, Folder, MemoryFile, mixed_bytes, qemu_img_ok};
+use crate::support::{Bytes, Folder, MemoryFile, mixed_bytes, qemu_img_ok, seed};
 
 pub(crate) fn new_snapshot(name: &str) -> NewSnapshot<'_> {
     NewSnapshot {
@@ -596,6 +596,46 @@ fn only_the_last_writer_of_a_state_may_go_on() {
     assert!(error.to_string().contains("no snapshot \"b\""), "{error}");
     disk.close().unwrap();
     assert_clean(&file);
+}
+
+/// Several threads at once, at places of any kind, with clusters so small that tables are forgotten.
+#[test]
+fn a_state_is_read_at_any_place() {
+    let options = CreateOptions {
+        cluster_bits: 9,
+        ..CreateOptions::new(1 << 20)
+    };
+    let (_, disk) = new_disk(&options);
+    let seed = seed();
+    println!("VMFERRY_SEED={seed}");
+    let mut state = mixed_bytes(&mut fastrand::Rng::with_seed(seed), 700_001);
+    state[100_000..300_000].fill(0);
+    create_with_state(&disk, "a", &state);
+    let disk = Arc::new(disk);
+    let vm_state = Arc::clone(&disk).vm_state("a").unwrap();
+    assert_eq!(vm_state.entry().vm_state_bytes, state.len() as u64);
+    thread::scope(|scope| {
+        for thread in 0..4 {
+            let (vm_state, state) = (&vm_state, &state);
+            scope.spawn(move || {
+                let mut random = fastrand::Rng::with_seed(seed ^ thread);
+                for _ in 0..200 {
+                    let start = random.usize(..=state.len());
+                    let end = random.usize(start..=state.len().min(start + 50_000));
+                    let mut bytes = vec![0xEE; end - start];
+                    vm_state.read_at(&mut bytes, start as u64).unwrap();
+                    assert!(bytes == state[start..end], "{start} to {end}");
+                }
+            });
+        }
+    });
+    for at in [state.len() as u64 - 1, state.len() as u64, u64::MAX] {
+        let error = vm_state.read_at(&mut [0; 2], at).unwrap_err();
+        assert_eq!(error.kind(), std::io::ErrorKind::UnexpectedEof, "{at}");
+    }
+    disk.delete_snapshot("a").unwrap();
+    assert!(vm_state.read_at(&mut [0; 2], 0).is_err());
+    assert!(disk.vm_state("a").is_err());
 }
 
 #[test]
