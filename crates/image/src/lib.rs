@@ -47,7 +47,7 @@ pub use error::ImageError;
 pub use head::{Head, ImageBlock, ImageSection, LiveSection};
 pub use image::Image;
 pub use index::IndexBuilder;
-pub use storage::{FileStorage, Identity, IndexPlace, Storage};
+pub use storage::{FileStorage, Identity, IndexPlace, SnapshotStorage, Storage};
 
 /// How far something that takes long has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -4,6 +4,10 @@ use std::fs::{File, Metadata};
 use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use vmferry_qcow2::VmState;
+use vmferry_stream::Shown;
 
 use crate::error::ImageError;
 
@@ -176,6 +180,107 @@ impl Storage for FileStorage {
         self.file
             .metadata()
             .map_or(0o600, |metadata| metadata.mode())
+    }
+}
+
+/// The VM state of a snapshot in a qcow2 image.
+///
+/// The image is opened for reading, without its locks: a machine that runs on it does no harm to the
+/// snapshot, unless it is deleted.
+#[derive(Debug)]
+pub struct SnapshotStorage {
+    state: VmState,
+    path: PathBuf,
+    id: String,
+    mode: u32,
+}
+
+impl SnapshotStorage {
+    /// Open the VM state of `snapshot`, an id, or else a name.
+    ///
+    /// # Errors
+    /// The image cannot be opened, or has no such snapshot, or only one of the disk alone.
+    pub fn open(path: &Path, snapshot: &str) -> Result<Self, ImageError> {
+        let failed = |source| ImageError::Snapshot {
+            image: path.display().to_string(),
+            source,
+        };
+        let options = vmferry_qcow2::ChainOptions {
+            read_only: true,
+            lock: false,
+        };
+        let disk = Arc::new(vmferry_qcow2::open(path, options).map_err(failed)?);
+        let state = disk.vm_state(snapshot).map_err(failed)?;
+        if state.entry().vm_state_bytes == 0 {
+            return Err(ImageError::NoVmState {
+                image: path.display().to_string(),
+                snapshot: Shown(snapshot).to_string(),
+            });
+        }
+        let metadata = std::fs::metadata(path).map_err(|source| ImageError::Open {
+            image: path.display().to_string(),
+            source,
+        })?;
+        Ok(Self {
+            id: String::from_utf8_lossy(&state.entry().id).into_owned(),
+            state,
+            path: path.to_owned(),
+            mode: metadata.mode(),
+        })
+    }
+}
+
+impl Storage for SnapshotStorage {
+    fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        self.state.read_at(into, offset)
+    }
+
+    fn start(&self) -> u64 {
+        0
+    }
+
+    fn length(&self) -> u64 {
+        self.state.entry().vm_state_bytes
+    }
+
+    /// That of the snapshot: the rest of the image may change.
+    fn identity(&self) -> Identity {
+        let entry = self.state.entry();
+        let mut low = crc32fast::Hasher::new();
+        low.update(&entry.id);
+        low.update(&[0]);
+        low.update(&entry.name);
+        let mut high = crc32fast::Hasher::new();
+        high.update(&entry.l1_offset.to_le_bytes());
+        high.update(&entry.l1_entries.to_le_bytes());
+        high.update(&entry.guest_nanoseconds.to_le_bytes());
+        high.update(&entry.extra);
+        Identity {
+            bytes: entry.vm_state_bytes,
+            modified_ns: u64::from(entry.date_seconds)
+                .saturating_mul(1_000_000_000)
+                .saturating_add(u64::from(entry.date_nanoseconds)),
+            tag: u64::from(high.finalize()) << 32 | u64::from(low.finalize()),
+        }
+    }
+
+    fn name(&self) -> String {
+        format!("{}, snapshot {}", self.path.display(), Shown(&self.id))
+    }
+
+    /// `None` for an id that makes no name of a file.
+    fn index_path(&self) -> Option<PathBuf> {
+        let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_';
+        if self.id.is_empty() || !self.id.bytes().all(is_plain) {
+            return None;
+        }
+        let mut path = self.path.clone().into_os_string();
+        path.push(format!(".{}.index", self.id));
+        Some(path.into())
+    }
+
+    fn mode(&self) -> u32 {
+        self.mode
     }
 }
 
