@@ -35,7 +35,9 @@ impl RawDevice {
 
     pub(super) fn registration(self) -> Registration<'static> {
         let (name, instance) = (self.section.name.clone(), self.section.instance);
-        Registration::device(&name, Box::new(self)).instance(instance)
+        Registration::device(&name, Box::new(self))
+            .instance(instance)
+            .may_repeat()
     }
 
     pub(super) fn early_registration(self) -> Registration<'static> {
