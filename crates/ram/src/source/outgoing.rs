@@ -376,7 +376,8 @@ impl State {
         self.last_block = Some(index);
         // A page is requested once: a flood of requests does not fill the queue.
         let is_new = listed.requested.set_range(host_pages.clone()) > 0;
-        if learns && is_new && self.learnt.len() < LEARNT_MAX {
+        let is_sent = is_new && listed.layout.travels;
+        if learns && is_sent && self.learnt.len() < LEARNT_MAX {
             let size = listed.layout.host_pages;
             self.learnt.push(StoredRange {
                 block: index,

@@ -167,6 +167,10 @@ fn every_machine_by_postcopy() {
             commands.iter().any(|name| name == "POSTCOPY_RUN"),
             "{commands:?}"
         );
+        if name.starts_with("ignore-shared") {
+            // This guest asks for memory that is shared, too, which is not sent.
+            continue;
+        }
         assert_eq!(asked.len(), arrived.requests, "{name}");
 
         // What was asked for goes first, the next time, and in that order; unless something else has to
