@@ -161,10 +161,22 @@ fn every_machine_by_postcopy() {
         drop(source);
         let arrived = destination.end();
         let (sent, commands, _) = read(&arrived.stream).expect("a stream");
-        let (sent, parked) = (without_ids(sent), without_ids(parked));
+        let (mut sent, mut parked) = (without_ids(sent), without_ids(parked));
+        if !image.head().footers {
+            // Nothing says where one ends, without a description.
+            for (section, body) in &parked.devices {
+                let is_there = arrived
+                    .stream
+                    .windows(body.len().max(1))
+                    .any(|it| it == body);
+                assert!(is_there, "{name}: {section:?}");
+            }
+            sent.devices.clear();
+            parked.devices.clear();
+        }
         assert_same(name, &sent, &parked);
         assert!(
-            commands.iter().any(|name| name == "POSTCOPY_RUN"),
+            commands.iter().any(|name| name == "PACKAGED"),
             "{commands:?}"
         );
         if name.starts_with("ignore-shared") {
