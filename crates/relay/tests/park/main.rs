@@ -4,5 +4,6 @@ mod answers;
 mod captures;
 mod contents;
 mod cuts;
+mod index;
 mod recovery;
 mod refusals;
