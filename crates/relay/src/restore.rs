@@ -58,10 +58,7 @@ pub enum RestoreError {
 ///
 /// # Errors
 /// The image is damaged where that matters now.
-pub fn machine(
-    image: &Arc<Image>,
-    options: RestoreOptions,
-) -> Result<SourceMachine, RestoreError> {
+pub fn machine(image: &Arc<Image>, options: RestoreOptions) -> Result<SourceMachine, RestoreError> {
     let head = image.head();
     let opening = Opening {
         machine: configured(head)?,
