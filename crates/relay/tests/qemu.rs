@@ -72,7 +72,8 @@ fn converse(
         // Its client may have gone without a word.
         let Ok(line) = line else { return };
         let request: Value = serde_json::from_str(&line).unwrap();
-        let command = request["execute"].as_str().unwrap();
+        let command = request.get("exec-oob").unwrap_or(&request["execute"]);
+        let command = command.as_str().unwrap();
         let arguments = request.get("arguments").cloned().unwrap_or(json!({}));
         let answer = if command == "qmp_capabilities" {
             Ok(json!({}))
@@ -260,4 +261,31 @@ fn an_answer_that_makes_no_sense_names_its_command() {
             ..
         }
     ));
+}
+
+#[test]
+fn a_postcopy_that_has_not_noticed_is_broken_off_before_it_goes_on() {
+    let mut broken = false;
+    let monitor = Monitor::start((10, 0), move |command, _| match command {
+        "migrate-pause" => {
+            broken = true;
+            Ok(json!({}))
+        }
+        "migrate-recover" if !broken => {
+            Err("Migrate recover can only be run when postcopy is paused.")
+        }
+        _ => Ok(json!({})),
+    });
+    let mut qemu = monitor.connect();
+    qemu.recover(&"unix:/x".parse().unwrap()).unwrap();
+    drop(qemu);
+    let commands: Vec<String> = monitor
+        .told()
+        .into_iter()
+        .map(|(command, _)| command)
+        .collect();
+    assert_eq!(
+        commands,
+        ["migrate-recover", "migrate-pause", "migrate-recover"]
+    );
 }

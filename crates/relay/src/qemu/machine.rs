@@ -13,6 +13,9 @@ use super::QemuError;
 /// How often a QEMU is asked while something is awaited.
 const INTERVAL: Duration = Duration::from_millis(20);
 
+/// How long a QEMU may take to notice that the connection of a postcopy is broken.
+const PAUSE_PATIENCE: Duration = Duration::from_secs(3);
+
 /// The version of a QEMU, such as 10.0.2.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Version {
@@ -150,13 +153,26 @@ impl Qemu {
         (version.major, version.minor) >= CAN_STAY
     }
 
-    /// Wait at another address for the rest of a postcopy into it that was interrupted.
+    /// Wait at another address for the rest of a postcopy into it that was interrupted. One that has
+    /// not noticed yet that it was is told so. All this is said out of band: a guest that waits for its
+    /// memory may keep QEMU from answering anything else.
     ///
     /// # Errors
-    /// QEMU refuses.
+    /// QEMU refuses: it is not in a postcopy, or waits for the rest already.
     pub fn recover(&mut self, at: &Uri) -> Result<(), QemuError> {
-        let arguments = json!({"uri": at.to_string()});
-        self.execute("migrate-recover", arguments).map(drop)
+        let deadline = Instant::now() + PAUSE_PATIENCE;
+        loop {
+            let arguments = json!({"uri": at.to_string()});
+            let Err(error) = self.execute_out_of_band("migrate-recover", arguments) else {
+                return Ok(());
+            };
+            let is_over = !error.is_refusal() || Instant::now() >= deadline;
+            // It breaks the connection off only where one is in use: refused elsewhere.
+            if is_over || self.pause().is_err_and(|error| !error.is_refusal()) {
+                return Err(error);
+            }
+            self.wait_event(INTERVAL)?;
+        }
     }
 
     /// Break the connection of a postcopy off, so that it can go on over another one.
@@ -164,7 +180,8 @@ impl Qemu {
     /// # Errors
     /// QEMU refuses: it is not in a postcopy.
     pub fn pause(&mut self) -> Result<(), QemuError> {
-        self.execute("migrate-pause", json!({})).map(drop)
+        self.execute_out_of_band("migrate-pause", json!({}))
+            .map(drop)
     }
 
     /// Let the guest go on at the destination as soon as possible.
@@ -249,6 +266,11 @@ impl Qemu {
 
     pub(super) fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, QemuError> {
         let answer = self.client.execute(command, arguments);
+        answer.map_err(|error| QemuError::of(self.client.peer(), error))
+    }
+
+    fn execute_out_of_band(&mut self, command: &str, arguments: Value) -> Result<Value, QemuError> {
+        let answer = self.client.execute_out_of_band(command, arguments);
         answer.map_err(|error| QemuError::of(self.client.peer(), error))
     }
 
