@@ -47,6 +47,8 @@ fn run(cli: Cli) -> Result<Exit, Failure> {
         Command::Set(flags) => commands::set::run(&flags),
         Command::Resolve(flags) => commands::resolve::run(&flags),
         Command::Receive(flags) => commands::receive::run(&flags),
+        Command::Send(flags) => commands::send::run(&flags),
+        Command::Convert(flags) => commands::convert::run(&flags),
         Command::Extract(flags) => commands::extract::run(&flags),
         Command::Inspect(flags) => commands::inspect::run(&flags),
         Command::Schema(flags) => commands::schema::run(&flags),

@@ -1,8 +1,8 @@
 //! `vmferry receive`: a destination in this process.
 
-use std::fs::File;
+mod park;
+
 use std::io::{self, IsTerminal, Write};
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -11,10 +11,13 @@ use serde_json::{Value, json};
 use vmferry_channel::{Channel, Listener, Stop, Uri};
 use vmferry_disk::{Hold, Node};
 use vmferry_migration::{
-    Arrived, Coverage, DestinationDisk, DestinationFailure, DestinationJob, Published, Record,
-    RecordFile, Residence, Rest, State,
+    Arrived, Coverage, DestinationDisk, DestinationJob, Published, Record, RecordFile, Residence,
+    Rest, State, Status,
 };
+use vmferry_multifd::Joining;
+use vmferry_relay::park::Parker;
 
+use super::parking;
 use crate::disks::{self, MadeFiles, OpenDisks, Past, Purpose};
 use crate::exit::{Exit, Failure};
 use crate::flags::ReceiveFlags;
@@ -24,10 +27,19 @@ use crate::records;
 use crate::render::{self, Phase, Progress, Sample};
 use crate::signals::Signals;
 
+/// Bytes of a guest's page.
+const PAGE_BYTES: u64 = 4096;
 /// How often progress is shown.
 const INTERVAL: Duration = Duration::from_millis(250);
 
 pub(crate) fn run(flags: &ReceiveFlags) -> Result<Exit, Failure> {
+    match &flags.save {
+        Some(path) if flags.disk.is_empty() => park::run(path, flags),
+        _ => fill_disks(flags),
+    }
+}
+
+fn fill_disks(flags: &ReceiveFlags) -> Result<Exit, Failure> {
     let signals = Signals::new()?;
     let stop = Stop::new()?;
     disks::check(&flags.disk)?;
@@ -44,10 +56,11 @@ pub(crate) fn run(flags: &ReceiveFlags) -> Result<Exit, Failure> {
     for plan in &plans {
         records::check_unchanged(&plan.name, &plan.file, plan.record.as_ref())?;
     }
-    let mut saved = flags.save.as_deref().map(Saved::create).transpose()?;
-    if let Some(path) = &flags.save {
-        made.add(path);
-    }
+    let saved = flags.save.as_deref().map(|path| {
+        let parker = parking::create(path, flags.index.as_deref(), &mut made)?;
+        Ok::<_, Failure>(Saved(Some(parker)))
+    });
+    let mut saved = saved.transpose()?;
     let filled: Vec<DestinationDisk> = disks
         .into_iter()
         .zip(plans)
@@ -58,10 +71,7 @@ pub(crate) fn run(flags: &ReceiveFlags) -> Result<Exit, Failure> {
         .collect();
     let report = Report { flags };
 
-    let listener = match &flags.uri {
-        uri @ (Uri::Tcp { .. } | Uri::Unix(_)) => Some(listen(uri)?),
-        _ => None,
-    };
+    let listener = listener(flags)?;
     if let Some(listener) = &listener {
         report.listening(listener.local())?;
     }
@@ -77,8 +87,15 @@ pub(crate) fn run(flags: &ReceiveFlags) -> Result<Exit, Failure> {
         keep_records: false,
     };
     let outcome = watched(&signals, &stop, &published, || {
-        let channel = open(&flags.uri, listener, &stop)?;
-        vmferry_migration::receive(channel, job, &published)
+        let (channel, joining) = match open(flags, listener, &stop) {
+            Ok(opened) => opened,
+            Err(failure) => return Err(failure),
+        };
+        let received = vmferry_migration::receive(channel, job, &published);
+        received.map_err(|error| match parking::why_broken(joining) {
+            Some(broken) => parking::failed(broken, &stop),
+            None => parking::failed(error, &stop),
+        })
     })?;
     match outcome {
         Ok(arrived) => {
@@ -90,9 +107,8 @@ pub(crate) fn run(flags: &ReceiveFlags) -> Result<Exit, Failure> {
             )?;
             Ok(Exit::Whole)
         }
-        Err(error) => {
+        Err(failure) => {
             keep_what_was_filled(made, &published, flags);
-            let failure = failed(&error, stop.is_triggered());
             Err(if published.get().moved_bytes > 0 {
                 failure.hint("the disks are not whole; the same command fills them again")
             } else {
@@ -156,18 +172,29 @@ impl Plan {
     }
 }
 
-fn listen(uri: &Uri) -> Result<Listener, Failure> {
-    Listener::bind(uri).map_err(|error| Failure::new(Exit::Failed, error))
+/// Where connections can come, that is where to listen.
+fn listener(flags: &ReceiveFlags) -> Result<Option<Listener>, Failure> {
+    match &flags.uri {
+        uri @ (Uri::Tcp { .. } | Uri::Unix(_)) => Listener::bind(uri)
+            .map(Some)
+            .map_err(|error| Failure::new(Exit::Failed, error)),
+        uri if flags.multifd.multifd_channels.is_some() => Err(Failure::usage(format!(
+            "--multifd-channels needs an address for several connections (tcp: or unix:), not {uri}"
+        ))),
+        _ => Ok(None),
+    }
 }
 
 fn open(
-    uri: &Uri,
+    flags: &ReceiveFlags,
     listener: Option<Listener>,
     stop: &Stop,
-) -> Result<Channel, vmferry_channel::ChannelError> {
+) -> Result<(Channel, Option<Joining>), Failure> {
     match listener {
-        Some(listener) => Ok(listener.accept(stop)?.into_channel(stop)),
-        None => vmferry_channel::open_incoming(uri, stop),
+        Some(listener) => parking::accept(&listener, &flags.multifd, stop, stop),
+        None => vmferry_channel::open_incoming(&flags.uri, stop)
+            .map(|channel| (channel, None))
+            .map_err(|error| parking::failed(error, stop)),
     }
 }
 
@@ -202,74 +229,65 @@ fn watch(signals: &Signals, stop: &Stop, published: &Published, over: &Stop) -> 
         }
         let status = published.get();
         if let Some(progress) = &mut progress
-            && status.state == State::Active
+            && matches!(status.state, State::Active | State::PostcopyActive)
         {
-            let elapsed = status.begun.map_or(Duration::ZERO, |begun| begun.elapsed());
-            let millis = u64::try_from(elapsed.as_millis())
-                .unwrap_or(u64::MAX)
-                .max(1);
-            let sample = Sample {
-                phase: Phase::Bulk,
-                total_bytes: status.total_bytes,
-                remaining_bytes: status.remaining_bytes,
-                bytes_per_second: status.moved_bytes.saturating_mul(1000) / millis,
-                ..Sample::default()
-            };
-            progress.show(&sample, start.elapsed())?;
+            progress.show(&sample(&status), start.elapsed())?;
         }
     }
     Ok(())
 }
 
-fn failed(error: &DestinationFailure, stopped: bool) -> Failure {
-    if stopped {
-        return Failure::new(Exit::Cancelled, "stopped before the migration was over");
-    }
-    Failure::new(Exit::Failed, error)
-}
-
-/// The stream without its disks, in a new file.
-struct Saved {
-    file: io::BufWriter<File>,
-    folder: File,
-}
-
-impl Saved {
-    fn create(path: &Path) -> Result<Self, Failure> {
-        let failed = |error: io::Error| {
-            let message = format!("cannot save to {}: {error}", path.display());
-            match error.kind() {
-                io::ErrorKind::AlreadyExists => Failure::refused(message),
-                _ => Failure::new(Exit::Failed, message),
-            }
-        };
-        let folder = match path.parent() {
-            Some(folder) if !folder.as_os_str().is_empty() => folder,
-            _ => Path::new("."),
-        };
-        let folder = File::open(folder).map_err(failed)?;
-        let file = File::options()
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(path)
-            .map_err(failed)?;
-        Ok(Self {
-            file: io::BufWriter::with_capacity(1 << 20, file),
-            folder,
-        })
+/// Of disks that are filled, or of a machine that is parked.
+fn sample(status: &Status) -> Sample {
+    let elapsed = status.begun.map_or(Duration::ZERO, |begun| begun.elapsed());
+    let millis = u64::try_from(elapsed.as_millis())
+        .unwrap_or(u64::MAX)
+        .max(1);
+    let (total_bytes, remaining_bytes, moved_bytes) = match &status.ram {
+        None => (
+            status.total_bytes,
+            status.remaining_bytes,
+            status.moved_bytes,
+        ),
+        Some(ram) => {
+            let pages = ram.normal_pages + ram.zero_pages + ram.xbzrle_pages;
+            let done = pages.saturating_mul(PAGE_BYTES);
+            let left = ram.total_bytes.saturating_sub(done);
+            (
+                ram.total_bytes,
+                left.max(ram.remaining_bytes),
+                status.wire_bytes,
+            )
+        }
+    };
+    Sample {
+        phase: match status.state {
+            State::PostcopyActive => Phase::Postcopy,
+            _ => Phase::Bulk,
+        },
+        total_bytes,
+        remaining_bytes,
+        bytes_per_second: moved_bytes.saturating_mul(1000) / millis,
+        ..Sample::default()
     }
 }
+
+/// The stream without its disks, on its way into a file.
+struct Saved(Option<Parker>);
 
 impl Rest for Saved {
     fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
-        self.file.write_all(bytes)
+        match &mut self.0 {
+            Some(parker) => parker.push(bytes).map_err(io::Error::other),
+            None => Err(io::Error::other("it is closed")),
+        }
     }
 
     fn finish(&mut self) -> io::Result<()> {
-        self.file.flush()?;
-        self.file.get_ref().sync_all()?;
-        self.folder.sync_all()
+        let Some(parker) = self.0.take() else {
+            return Ok(());
+        };
+        parker.finish().map(drop).map_err(io::Error::other)
     }
 }
 

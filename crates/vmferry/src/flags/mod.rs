@@ -2,15 +2,19 @@
 
 pub(crate) mod announce;
 pub(crate) mod check;
+pub(crate) mod convert;
 pub(crate) mod device_glob;
 pub(crate) mod disk;
 pub(crate) mod extract;
 pub(crate) mod incoming;
 mod inspect;
 mod log;
+mod migrate;
+pub(crate) mod multifd;
 pub(crate) mod output_file;
 pub(crate) mod rate;
 mod schema;
+mod send;
 pub(crate) mod size;
 pub(crate) mod snapshot;
 pub(crate) mod stream_file;
@@ -27,13 +31,17 @@ use vmferry_channel::Uri;
 use crate::output::{self, Out};
 use announce::AnnounceFlag;
 use check::CheckFlags;
+pub(crate) use convert::ConvertFlags;
 use disk::DiskFlag;
 use extract::ExtractFlags;
 use incoming::IncomingFlag;
 pub(crate) use inspect::{DiffFlags, InspectFlags};
 pub(crate) use log::LogFlags;
+pub(crate) use migrate::MigrateFlags;
+use multifd::MultifdFlags;
 use rate::Rate;
 pub(crate) use schema::{SchemaCommand, SchemaDiffFlags, SchemaDumpFlags, SchemaFlags};
+pub(crate) use send::SendFlags;
 use size::Size;
 use time::Millis;
 
@@ -96,6 +104,8 @@ pub(crate) enum Command {
     Set(SetFlags),
     Resolve(ResolveFlags),
     Receive(ReceiveFlags),
+    Send(SendFlags),
+    Convert(ConvertFlags),
     Extract(ExtractFlags),
     Inspect(InspectFlags),
     Diff(DiffFlags),
@@ -126,8 +136,10 @@ impl Command {
     /// Where `--json` wants its objects: standard output, unless that carries the stream, or the
     /// way back to a source.
     pub(crate) fn json_out(&self) -> Option<Out> {
-        if let Self::Extract(flags) = self {
-            return flags.json_out();
+        match self {
+            Self::Extract(flags) => return flags.json_out(),
+            Self::Convert(flags) => return flags.json_out(),
+            _ => {}
         }
         let (json, uri) = match self {
             Self::Serve(flags) => {
@@ -139,6 +151,7 @@ impl Command {
             }
             Self::Migrate(flags) => (flags.json, Some(&flags.uri)),
             Self::Receive(flags) => (flags.json, Some(&flags.uri)),
+            Self::Send(flags) => (flags.json, flags.uri.as_ref()),
             Self::Status(flags) => (flags.json, None),
             Self::Demo(flags) => (flags.json, None),
             Self::Schema(flags) => (flags.json(), None),
@@ -241,68 +254,6 @@ pub(crate) struct ServeFlags {
     pub(crate) json: bool,
 }
 
-/// Migrate the disks of a running daemon, and watch.
-///
-/// Ctrl-C cancels: the source serves on. When the terminal goes away the migration goes on without
-/// a watcher. exec:, fd:, file: and - are opened by this command, as this user and in this folder,
-/// and handed to the daemon, which must be reached through a unix socket then.
-///
-/// The limits that are given, and --no-zero-blocks or its absence, stay set in the daemon for
-/// migrations that follow.
-#[derive(Args, Debug)]
-#[command(after_long_help = "Examples:
-  Move the disks to another host:
-    vmferry migrate --qmp unix:/run/vmferry/qmp.sock tcp:host2:4444
-
-  Through ssh, without any daemon over there:
-    vmferry migrate --qmp unix:/run/vmferry/qmp.sock \\
-        \"exec:ssh host2 vmferry receive - --disk root=/vm/root.img,create=on,size=20GiB\"
-
-  Only what a disk has beyond the backing image that both hosts have:
-    vmferry migrate --qmp unix:/run/vmferry/qmp.sock --incremental tcp:host2:4444
-
-  What would go wrong?
-    vmferry migrate --qmp unix:/run/vmferry/qmp.sock --check tcp:host2:4444
-
-  Into a file, which cannot answer:
-    vmferry migrate --qmp unix:/run/vmferry/qmp.sock --one-way file:/backup/vm.stream")]
-pub(crate) struct MigrateFlags {
-    #[command(flatten)]
-    pub(crate) daemon: DaemonFlags,
-    /// Where to
-    #[arg(value_name = "URI")]
-    pub(crate) uri: Uri,
-    /// Say what would go wrong on this side; the destination is not asked, and nothing changes
-    #[arg(long, conflicts_with_all = ["detach"])]
-    pub(crate) check: bool,
-    /// Migrate only this disk (repeatable); without it all disks that can be written to
-    #[arg(long, value_name = "NAME", value_parser = name_parser())]
-    pub(crate) disk: Vec<String>,
-    #[command(flatten)]
-    pub(crate) limits: LimitFlags,
-    /// Send only what lies in the disks' top layers, and not what their backing images hold
-    ///
-    /// The destination's disks must be empty images over the same backing images, and it must be
-    /// told: a vmferry there with --incremental. Nobody compares the backing images.
-    #[arg(long)]
-    pub(crate) incremental: bool,
-    /// Send zeroes as data, for a destination that does not know zero blocks (QEMU before 1.6)
-    #[arg(long)]
-    pub(crate) no_zero_blocks: bool,
-    /// The destination cannot answer: a file, or a pipe
-    ///
-    /// Nobody then says whether the disks arrived; the source gives them up as soon as the last
-    /// byte is on its way.
-    #[arg(long)]
-    pub(crate) one_way: bool,
-    /// Start the migration and do not watch
-    #[arg(long)]
-    pub(crate) detach: bool,
-    /// Report as JSON objects, one a line
-    #[arg(long)]
-    pub(crate) json: bool,
-}
-
 /// The daemon to talk to.
 #[derive(Args, Debug)]
 pub(crate) struct DaemonFlags {
@@ -391,11 +342,18 @@ pub(crate) enum Decision {
     GiveUp,
 }
 
-/// Take a migration in without a daemon: disks into files.
+/// Take a migration in without a daemon: disks into files, a machine into a file.
 ///
-/// Ends when the migration has: with status 0 every disk is whole and on stable storage.
+/// Ends when the migration has: with status 0 everything is whole and on stable storage.
+///
+/// What is saved of a machine with --save is a parked machine: vmferry send lets it run on, as does
+/// any QEMU (-incoming \"exec:cat FILE\"). Without --disk its source may go into postcopy, too, and
+/// while it waits after a broken connection, the address here stays open for the next one.
 #[derive(Args, Debug)]
 #[command(after_long_help = "Examples:
+  Park a machine, whose QEMU is told to migrate here:
+    vmferry receive tcp:0.0.0.0:4444 --save /vm/guest.migration
+
   Take a disk in, over TCP:
     vmferry receive tcp:0.0.0.0:4444 --disk root=/vm/root.img,create=on,size=20GiB
 
@@ -418,9 +376,14 @@ pub(crate) struct ReceiveFlags {
     /// here are empty images over the same bases
     #[arg(long, requires = "disk")]
     pub(crate) incremental: bool,
-    /// Write the stream without its disks to this new file
+    /// Write the machine, which is the stream without its disks, to this new file
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub(crate) save: Option<PathBuf>,
+    /// Where the index of its pages goes (default: FILE.index)
+    #[arg(long, value_name = "PATH", requires = "save", value_hint = ValueHint::FilePath)]
+    pub(crate) index: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) multifd: MultifdFlags,
     /// Report the outcome as a JSON object (on standard error when the URI is -)
     #[arg(long)]
     pub(crate) json: bool,
@@ -511,7 +474,10 @@ mod tests {
         ) else {
             panic!("not understood");
         };
-        assert_eq!(flags.daemon.qmp.to_string(), "unix:/q");
+        assert_eq!(
+            flags.qmp.map(|qmp| qmp.to_string()).as_deref(),
+            Some("unix:/q")
+        );
         assert_eq!(flags.uri.to_string(), "tcp:h:1");
         assert_eq!(flags.disk, ["a", "b"]);
         assert_eq!(flags.limits.downtime, Some(Millis(300)));
@@ -551,9 +517,52 @@ mod tests {
             ("vmferry demo --size 1GB", E::ValueValidation),
             (
                 "vmferry migrate --qmp unix:q --vm v tcp:h:1",
-                E::UnknownArgument,
+                E::ValueValidation,
             ),
-            ("vmferry send", E::InvalidSubcommand),
+            (
+                "vmferry migrate --vm unix:v file:f --incremental",
+                E::ArgumentConflict,
+            ),
+            (
+                "vmferry migrate --qmp unix:q tcp:h:1 --index i",
+                E::MissingRequiredArgument,
+            ),
+            (
+                "vmferry receive - --disk a=b --index i",
+                E::MissingRequiredArgument,
+            ),
+            (
+                "vmferry receive - --save f --multifd-channels 0",
+                E::ValueValidation,
+            ),
+            (
+                "vmferry receive - --save f --multifd-compression zlib",
+                E::MissingRequiredArgument,
+            ),
+            ("vmferry send", E::MissingRequiredArgument),
+            ("vmferry send f", E::MissingRequiredArgument),
+            ("vmferry send f tcp:h:1 --vm unix:q", E::ArgumentConflict),
+            (
+                "vmferry send f tcp:h:1 --resume",
+                E::MissingRequiredArgument,
+            ),
+            ("vmferry send f tcp:h:1 --learn", E::MissingRequiredArgument),
+            (
+                "vmferry send f file:g --one-way --postcopy",
+                E::ArgumentConflict,
+            ),
+            ("vmferry send f --vm unix:q --one-way", E::ArgumentConflict),
+            (
+                "vmferry send f tcp:h:1 --postcopy --multifd-channels 2",
+                E::ArgumentConflict,
+            ),
+            (
+                "vmferry send f tcp:h:1 --postcopy --resume --disk a=b",
+                E::ArgumentConflict,
+            ),
+            ("vmferry convert f --to stream", E::MissingRequiredArgument),
+            ("vmferry convert f -o g", E::MissingRequiredArgument),
+            ("vmferry convert f -o g --to qcow2", E::InvalidValue),
         ] {
             assert_eq!(parse(line).map(|_| ()), Err(kind), "{line}");
         }

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueHint};
 
+use crate::output::{self, Out};
+
 /// The file to write.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct OutputFlags {
@@ -19,6 +21,14 @@ pub(crate) struct OutputFlags {
 impl OutputFlags {
     pub(crate) fn is_stdout(&self) -> bool {
         self.output.as_os_str() == "-"
+    }
+
+    /// Where reports go: standard output, unless that is the file.
+    pub(crate) fn beside(&self) -> Out {
+        match self.is_stdout() {
+            true => output::stderr(),
+            false => output::stdout(),
+        }
     }
 }
 

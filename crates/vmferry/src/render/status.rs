@@ -2,6 +2,7 @@
 
 use std::io::{self, Write};
 
+use vmferry_migration::{State, Status};
 use vmferry_qmp::types::{MigrationInfo, MigrationStatus};
 
 use super::outcome::Outcome;
@@ -34,6 +35,60 @@ impl From<&MigrationInfo> for Sample {
     }
 }
 
+impl Sample {
+    /// Of a QEMU, whose memory leaves.
+    pub(crate) fn of_memory(info: &MigrationInfo) -> Self {
+        let ram = info.ram.clone().unwrap_or_default();
+        Self {
+            phase: phase(info, ram.dirty_sync_count),
+            total_bytes: ram.total,
+            remaining_bytes: ram.remaining,
+            // Megabits; a number that makes no sense becomes none.
+            bytes_per_second: (ram.mbps * 125_000.0) as u64,
+            dirty_bytes_per_second: ram.dirty_pages_rate.saturating_mul(ram.page_size),
+            pass: ram.dirty_sync_count,
+            // Its guest will not run on anywhere for now.
+            expected_downtime_ms: None,
+            stall: None,
+        }
+    }
+}
+
+/// Of a migration out of this process. Nothing in it becomes dirty: its guest is parked.
+impl From<&Status> for Sample {
+    fn from(status: &Status) -> Self {
+        let ram = status.ram.unwrap_or_default();
+        let disks_left = status.total_bytes.saturating_sub(status.bulk_bytes);
+        let elapsed = status
+            .begun
+            .map(|begun| begun.elapsed())
+            .unwrap_or_default();
+        let millis = u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX);
+        let average = status.wire_bytes.saturating_mul(1000) / millis.max(1);
+        Self {
+            phase: phase_of(status),
+            total_bytes: status.total_bytes.saturating_add(ram.total_bytes),
+            remaining_bytes: disks_left.saturating_add(ram.remaining_bytes),
+            bytes_per_second: Some(status.bandwidth)
+                .filter(|rate| *rate > 0)
+                .unwrap_or(average),
+            ..Self::default()
+        }
+    }
+}
+
+fn phase_of(status: &Status) -> Phase {
+    match status.state {
+        State::None | State::Setup => Phase::Setup,
+        State::Active => Phase::Bulk,
+        State::PreSwitchover | State::Device => Phase::SwitchOver,
+        State::PostcopyActive => Phase::Postcopy,
+        State::PostcopyPaused | State::PostcopyRecover => Phase::Interrupted,
+        State::Cancelling => Phase::Cancelling,
+        State::Completed | State::Failed | State::Cancelled => Phase::Over,
+    }
+}
+
 fn phase(info: &MigrationInfo, pass: u64) -> Phase {
     use MigrationStatus as S;
     match info.status.as_ref().unwrap_or(&S::None) {
@@ -41,9 +96,8 @@ fn phase(info: &MigrationInfo, pass: u64) -> Phase {
         S::Active if pass <= BULK_PASS => Phase::Bulk,
         S::Active | S::Colo => Phase::Dirty,
         S::PreSwitchover | S::Device => Phase::SwitchOver,
-        S::PostcopyActive | S::PostcopyPaused | S::PostcopyRecoverSetup | S::PostcopyRecover => {
-            Phase::SwitchOver
-        }
+        S::PostcopyActive => Phase::Postcopy,
+        S::PostcopyPaused | S::PostcopyRecoverSetup | S::PostcopyRecover => Phase::Interrupted,
         S::Cancelling => Phase::Cancelling,
         S::None | S::Cancelled | S::Completed | S::Failed => Phase::Over,
     }
@@ -96,6 +150,60 @@ mod tests {
         let mut out = Vec::new();
         status(info, &mut out).unwrap();
         String::from_utf8(out).unwrap()
+    }
+
+    #[test]
+    fn the_memory_of_a_qemu_is_what_moves() {
+        let info = MigrationInfo {
+            status: Some(MigrationStatus::Active),
+            ram: Some(MigrationStats {
+                total: 4 << 20,
+                remaining: 1 << 20,
+                mbps: 80.0,
+                dirty_pages_rate: 3,
+                dirty_sync_count: 2,
+                page_size: 4096,
+                ..MigrationStats::default()
+            }),
+            ..MigrationInfo::default()
+        };
+        let sample = Sample::of_memory(&info);
+        assert_eq!(sample.phase, Phase::Dirty);
+        assert_eq!(
+            (sample.total_bytes, sample.remaining_bytes),
+            (4 << 20, 1 << 20)
+        );
+        assert_eq!(sample.bytes_per_second, 10_000_000);
+        assert_eq!(sample.dirty_bytes_per_second, 3 * 4096);
+        // Before QEMU has measured anything.
+        let odd = MigrationInfo {
+            ram: Some(MigrationStats {
+                mbps: f64::NAN,
+                ..MigrationStats::default()
+            }),
+            ..info
+        };
+        assert_eq!(Sample::of_memory(&odd).bytes_per_second, 0);
+    }
+
+    #[test]
+    fn a_parked_machine_moves_with_its_disks() {
+        let status = Status {
+            state: State::PostcopyActive,
+            total_bytes: 100,
+            bulk_bytes: 40,
+            bandwidth: 5,
+            ram: Some(vmferry_migration::RamStatus {
+                total_bytes: 1000,
+                remaining_bytes: 7,
+                ..Default::default()
+            }),
+            ..Status::default()
+        };
+        let sample = Sample::from(&status);
+        assert_eq!(sample.phase, Phase::Postcopy);
+        assert_eq!((sample.total_bytes, sample.remaining_bytes), (1100, 67));
+        assert_eq!(sample.bytes_per_second, 5);
     }
 
     #[test]

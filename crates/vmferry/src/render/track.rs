@@ -28,12 +28,20 @@ pub(crate) struct Sample {
 pub(crate) enum Phase {
     #[default]
     Setup,
+    /// A parked machine's pages are being looked up.
+    Indexing,
+    /// A parked machine is read once, to see whether it is whole.
+    Verifying,
     /// Everything is sent for the first time.
     Bulk,
     /// What was written meanwhile is sent again.
     Dirty,
     /// Guests wait.
     SwitchOver,
+    /// The guest runs at the destination; the rest follows.
+    Postcopy,
+    /// The connection broke after that.
+    Interrupted,
     Cancelling,
     /// The destination has the disks.
     Completed,
@@ -45,9 +53,13 @@ impl Phase {
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Setup => "setting up",
+            Self::Indexing => "indexing",
+            Self::Verifying => "verifying",
             Self::Bulk => "copying",
             Self::Dirty => "catching up",
             Self::SwitchOver => "switching over",
+            Self::Postcopy => "postcopy",
+            Self::Interrupted => "interrupted",
             Self::Cancelling => "cancelling",
             Self::Completed => "completed",
             Self::Over => "over",
@@ -98,10 +110,15 @@ impl Track {
         self.pass = self.pass.max(sample.pass);
         let permille = match sample.phase {
             Phase::Setup => 0,
-            Phase::Completed | Phase::Over | Phase::Cancelling => u64::from(self.permille),
-            Phase::Bulk | Phase::Dirty | Phase::SwitchOver => {
-                share(self.done_bytes, sample.total_bytes, BULK_OVER_PERMILLE)
+            Phase::Completed | Phase::Over | Phase::Cancelling | Phase::Interrupted => {
+                u64::from(self.permille)
             }
+            Phase::Indexing
+            | Phase::Verifying
+            | Phase::Bulk
+            | Phase::Dirty
+            | Phase::SwitchOver
+            | Phase::Postcopy => share(self.done_bytes, sample.total_bytes, BULK_OVER_PERMILLE),
         };
         self.permille = self.permille.max(u16::try_from(permille).unwrap_or(1000));
         View {
@@ -144,11 +161,18 @@ fn share(done: u64, total: u64, full: u64) -> u64 {
 /// phase ends whatever the guest does.
 fn eta(sample: &Sample) -> Option<Duration> {
     let gain = match sample.phase {
-        Phase::Bulk => sample.bytes_per_second,
+        Phase::Bulk | Phase::Postcopy | Phase::Indexing | Phase::Verifying => {
+            sample.bytes_per_second
+        }
         Phase::Dirty => sample
             .bytes_per_second
             .saturating_sub(sample.dirty_bytes_per_second),
-        Phase::Setup | Phase::SwitchOver | Phase::Cancelling | Phase::Completed | Phase::Over => 0,
+        Phase::Setup
+        | Phase::SwitchOver
+        | Phase::Interrupted
+        | Phase::Cancelling
+        | Phase::Completed
+        | Phase::Over => 0,
     };
     (gain > 0 && sample.stall.is_none())
         .then(|| Duration::from_secs(sample.remaining_bytes.div_ceil(gain)))
@@ -222,6 +246,8 @@ mod tests {
                         Phase::Bulk,
                         Phase::Dirty,
                         Phase::SwitchOver,
+                        Phase::Postcopy,
+                        Phase::Interrupted,
                         Phase::Cancelling,
                     ])
                     .unwrap();

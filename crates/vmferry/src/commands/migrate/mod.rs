@@ -1,5 +1,7 @@
 //! `vmferry migrate`.
 
+mod park;
+mod qemu;
 mod target;
 
 use std::io::{self, Write};
@@ -17,8 +19,19 @@ use crate::signals::Signals;
 use target::Target;
 
 pub(crate) fn run(flags: &MigrateFlags) -> Result<Exit, Failure> {
+    match (&flags.qmp, &flags.vm) {
+        (Some(qmp), None) => disks_of_daemon(qmp, flags),
+        (None, Some(vm)) => park::run(vm, flags),
+        _ => Err(Failure::usage(
+            "disks of a daemon and the machine of a QEMU cannot travel together yet",
+        )
+        .hint("--qmp alone migrates disks; --vm alone parks a machine in file:FILE")),
+    }
+}
+
+fn disks_of_daemon(qmp: &Uri, flags: &MigrateFlags) -> Result<Exit, Failure> {
     let signals = Signals::new()?;
-    let mut daemon = Daemon::connect(&flags.daemon.qmp)?;
+    let mut daemon = Daemon::connect(qmp)?;
     if matches!(flags.uri, Uri::File { .. }) && !flags.one_way {
         // Before it is made.
         return Err(cannot_answer(&flags.uri));
@@ -33,7 +46,7 @@ pub(crate) fn run(flags: &MigrateFlags) -> Result<Exit, Failure> {
     if target.is_one_way() && !flags.one_way {
         return Err(cannot_answer(&flags.uri));
     }
-    let uri = target.hand_over(&mut daemon, &flags.daemon.qmp)?;
+    let uri = target.hand_over(&mut daemon, qmp)?;
     daemon.set_limits(&flags.limits)?;
     daemon.set_capability(MigrationCapability::ZeroBlocks, !flags.no_zero_blocks)?;
     target.empty()?;
