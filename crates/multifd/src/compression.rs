@@ -172,27 +172,23 @@ impl Packer {
     }
 }
 
-fn pack_zlib(
-    stream: &mut Compress,
-    mut pages: &[u8],
-    blob: &mut Vec<u8>,
-) -> Result<(), &'static str> {
-    /// A flush is complete when it leaves room.
-    const ROOM_BYTES: usize = 64 << 10;
-    loop {
-        blob.reserve(ROOM_BYTES);
-        let before = stream.total_in();
-        let status = stream
-            .compress_vec(pages, blob, FlushCompress::Sync)
-            .map_err(|_| "zlib failed")?;
-        let read = usize::try_from(stream.total_in().saturating_sub(before)).unwrap_or(0);
-        pages = pages.get(read..).unwrap_or_default();
-        let is_flushed = blob.len() < blob.capacity() || status == Status::BufError;
-        if pages.is_empty() && is_flushed {
-            return Ok(());
-        }
+/// In one call, with room for anything: where the room ends in the middle of a flush, flate2 does not tell
+/// whether it is complete.
+fn pack_zlib(stream: &mut Compress, pages: &[u8], blob: &mut Vec<u8>) -> Result<(), &'static str> {
+    blob.reserve(usize::try_from(PACKET_BLOB_BYTES_MAX).unwrap_or(0));
+    let before = stream.total_in();
+    stream
+        .compress_vec(pages, blob, FlushCompress::Sync)
+        .map_err(|_| "zlib failed")?;
+    let read = stream.total_in().saturating_sub(before);
+    if usize::try_from(read) != Ok(pages.len()) || !blob.ends_with(&FLUSHED) {
+        return Err("compressed pages do not fit into a packet");
     }
+    Ok(())
 }
+
+/// An empty stored block: how a flush ends.
+const FLUSHED: [u8; 4] = [0, 0, 0xff, 0xff];
 
 #[cfg(test)]
 mod tests {
@@ -202,6 +198,14 @@ mod tests {
     /// Pages that compress more or less well.
     fn pages(rng: &mut fastrand::Rng) -> Vec<u8> {
         let pages = rng.usize(1..=PACKET_PAGES_BYTES as usize >> 12);
+        if rng.bool() {
+            let mut bytes = vec![rng.u8(..); pages << 12];
+            for page in bytes.chunks_mut(4096) {
+                let noise = rng.usize(..=4096);
+                rng.fill(&mut page[..noise]);
+            }
+            return bytes;
+        }
         let (noise, period) = (rng.u8(..), rng.usize(1..5000));
         let mut bytes: Vec<u8> = Vec::new();
         for at in 0..pages << 12 {

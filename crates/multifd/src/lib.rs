@@ -32,15 +32,20 @@
 
 mod compression;
 mod error;
+mod flush;
 mod gather;
 mod join;
 pub mod packet;
+mod sockets;
+mod split;
 mod window;
 mod zstd;
 
 pub use compression::{Compression, CompressionError};
 pub use error::{MultifdError, Place, Unsupported, Uuid};
+pub use flush::Flush;
 pub use join::{JoinOptions, Joined, Joining, accept};
+pub use split::{Split, SplitOptions, Splitting, connect};
 
 /// A random generator for tests; its seed is printed and can be given again as `VMFERRY_SEED`.
 #[cfg(test)]

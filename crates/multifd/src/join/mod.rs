@@ -4,17 +4,16 @@ mod channel;
 mod junction;
 mod main_channel;
 
-use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
-use vmferry_channel::{Channel, ChannelError, Direction, Listener, Reader, Socket, Stop, Writer};
+use vmferry_channel::{Channel, Listener, Stop};
 
 use crate::compression::Compression;
 use crate::error::MultifdError;
 use crate::gather::{Gathered, gather};
+use crate::sockets::{PlainStream, duplicate, halves, host};
 use junction::Junction;
 use main_channel::MainChannel;
 
@@ -131,13 +130,13 @@ fn join(
     options: &JoinOptions,
     stop: &Stop,
 ) -> Result<Joined, MultifdError> {
-    let (reader, writer, own) = plain_stream(&gathered.main, stop)?;
-    let mut sockets = vec![own];
+    let plain = PlainStream::new(gathered.main.peer(), "the reader of the plain stream", stop)?;
+    let mut sockets = vec![plain.writing];
     for socket in [&gathered.main].into_iter().chain(&gathered.channels) {
         sockets.push(duplicate(socket)?);
     }
     let count = gathered.channels.len();
-    let junction = Arc::new(Junction::new(writer, sockets, count));
+    let junction = Arc::new(Junction::new(plain.writer, sockets, count));
     let mut joining = Joining {
         junction: Arc::clone(&junction),
         threads: Vec::new(),
@@ -158,7 +157,7 @@ fn join(
         joining.spawn(format!("multifd-{number}"), move || channel.run())?;
     }
     Ok(Joined {
-        channel: Channel::TwoWay(reader, main_writer),
+        channel: Channel::TwoWay(plain.reader, main_writer),
         joining,
     })
 }
@@ -188,56 +187,5 @@ impl Drop for PanicGuard {
         if std::thread::panicking() {
             self.0.fail(MultifdError::Panicked);
         }
-    }
-}
-
-/// Both ends of a plain stream, and a second handle for the end that is written.
-fn plain_stream(main: &Socket, stop: &Stop) -> Result<(Reader, Writer, OwnedFd), MultifdError> {
-    let (theirs, ours) = socket_pair()?;
-    let own = duplicate(&ours)?;
-    let peer = main.peer();
-    let reader = Channel::from_fd(theirs, Direction::Incoming, peer, stop);
-    let writer = Channel::from_fd(ours, Direction::Outgoing, "its reader", stop);
-    let (Some(reader), _) = reader.map_err(MultifdError::connect)?.split() else {
-        return Err(MultifdError::Abandoned);
-    };
-    let (_, Some(writer)) = writer.map_err(MultifdError::connect)?.split() else {
-        return Err(MultifdError::Abandoned);
-    };
-    Ok((reader, writer, own))
-}
-
-pub(crate) fn socket_pair() -> Result<(OwnedFd, OwnedFd), MultifdError> {
-    let pair = socketpair(
-        AddressFamily::UNIX,
-        SocketType::STREAM,
-        SocketFlags::CLOEXEC,
-        None,
-    );
-    pair.map_err(|errno| host("create")(errno.into()))
-}
-
-pub(crate) fn duplicate(socket: &impl AsFd) -> Result<OwnedFd, MultifdError> {
-    let twin = socket.as_fd().try_clone_to_owned();
-    twin.map_err(host("duplicate"))
-}
-
-/// Both halves of a connected socket.
-pub(crate) fn halves(socket: Socket, stop: &Stop) -> Result<(Reader, Writer), MultifdError> {
-    match socket.into_channel(stop) {
-        Channel::TwoWay(reader, writer) => Ok((reader, writer)),
-        // Sockets go both ways.
-        Channel::In(_) | Channel::Out(_) => Err(MultifdError::Abandoned),
-    }
-}
-
-/// This host has no descriptor or thread left.
-pub(crate) fn host(operation: &'static str) -> impl Fn(std::io::Error) -> MultifdError {
-    move |source| {
-        MultifdError::Connect(ChannelError::Io {
-            operation,
-            peer: "for multifd".to_owned(),
-            source,
-        })
     }
 }

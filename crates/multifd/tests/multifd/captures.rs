@@ -10,7 +10,7 @@ use vmferry_stream::{Ending, PageBits};
 use crate::ends::{join, rounds, seeded};
 use crate::plain::{self, Memory};
 
-const CAPTURES: [(&str, Compression); 5] = [
+pub(crate) const CAPTURES: [(&str, Compression); 5] = [
     ("multifd-72", Compression::None),
     ("multifd-zlib-72", Compression::Zlib),
     ("multifd-100", Compression::None),

@@ -3,3 +3,5 @@
 mod captures;
 mod ends;
 mod plain;
+mod round_trip;
+mod streams;

@@ -44,9 +44,14 @@ pub(crate) fn read_main(bytes: &[u8]) -> (Plain, usize) {
                 if let Record::Section(found) = &record {
                     section = Some(found.clone());
                     let is_device = !["ram", "dirty-bitmap"].contains(&found.name.as_str());
-                    is_rest = is_device;
-                    if is_device {
-                        decoder.pass_rest();
+                    match found.name.as_str() {
+                        "early" => decoder.skip_device(4),
+                        "0000:00:03.0/virtio-mem-device-early" => decoder.skip_device(44),
+                        _ if is_device => {
+                            is_rest = true;
+                            decoder.pass_rest();
+                        }
+                        _ => {}
                     }
                 }
                 let kind = section.as_ref().map(|section| section.kind);
