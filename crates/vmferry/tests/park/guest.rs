@@ -68,7 +68,7 @@ impl Guest {
     /// A host for it, the first time where it boots and later where it goes next; `None` if the guest or this QEMU is not
     /// there. With `VMFERRY_LONG` it has 1 GiB, else 256 MiB.
     pub(crate) fn host(&mut self, version: Version) -> Option<Machine> {
-        let (mib, piece_mib) = if long() { ("1024", 52) } else { ("256", 10) };
+        let (mib, piece_mib) = if long() { ("1024", 52) } else { ("256", 6) };
         let kernel = find("VMFERRY_GUEST_KERNEL", "the Linux guest")?;
         let initrd = find("VMFERRY_GUEST_INITRD", "the Linux guest")?;
         let machine = Machine::new(version)?;

@@ -51,7 +51,8 @@ fn a_parking_that_is_stopped_gives_the_guest_back() {
                 (sent > Some(1 << 20)).then_some(())
             });
             migrate.signal(signal);
-            println!("{version:?}: {}", migrate.fails(130));
+            assert_eq!(migrate.wait().code(), Some(130), "{}", migrate.errors());
+            println!("{version:?}: {}", migrate.errors());
             source.qemu.wait_run_state("running");
             checker.goes_on(2);
             assert_eq!(settings(&mut source), before);

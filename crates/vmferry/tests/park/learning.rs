@@ -8,9 +8,6 @@ use crate::need;
 use crate::peers::qemu::Version;
 use crate::ways::{Park, Restore, postcopy};
 
-/// Slow enough for a guest to ask.
-const SLOWLY: [&str; 2] = ["--bandwidth", "48MiB/s"];
-
 fn requests(report: &Value) -> u64 {
     report["ram"]["postcopy-requests"]
         .as_u64()
@@ -32,8 +29,7 @@ fn the_second_restore_asks_for_fewer_pages() {
     for options in [&["--learn"][..], &[], &[]] {
         let mut branch = guest.clone();
         let mut host = Host::waiting(need!(branch.host(Version::V10_0)));
-        let options: Vec<&str> = options.iter().chain(&SLOWLY).copied().collect();
-        let report = Restore::POSTCOPY.restore_with(&image, &mut host, &options);
+        let report = Restore::POSTCOPY.restore_with(&image, &mut host, options);
         println!("{options:?}: {report}");
         asked.push(requests(&report));
         branch.goes_on(PIECES + 1);

@@ -1,12 +1,14 @@
 //! The ways into a file and out of it.
 
 use std::ffi::OsString;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 
 use serde_json::{Value, json};
 use vmferry_ram::{AnonymousRam, check_postcopy};
 
 use crate::host::Host;
+use crate::link::Link;
 use crate::peers::until;
 use crate::peers::vmferry::Vmferry;
 
@@ -101,6 +103,23 @@ impl Park {
     }
 }
 
+/// Where to send so that what arrives at this socket of a host arrives slowly: the URI, and who waits for somebody there.
+pub(crate) fn slow_link(host: &Host, socket: &str) -> (String, impl FnOnce() -> Link + use<>) {
+    let destination = host.qemu.path(socket);
+    let slow = host.qemu.path(&format!("{socket}-slow"));
+    let listener = UnixListener::bind(&slow).expect("a socket");
+    let accept = move || {
+        let (source, _) = listener.accept().expect("the source connects");
+        let destination = until("the destination to listen", || {
+            UnixStream::connect(&destination).ok()
+        });
+        let link = Link::new(source, destination);
+        link.slow_down();
+        link
+    };
+    (format!("unix:{}", slow.display()), accept)
+}
+
 /// How a machine gets out of a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Restore {
@@ -154,6 +173,16 @@ impl Restore {
     pub(crate) fn start(self, image: &Path, host: &mut Host, more: &[&str]) -> Vmferry {
         let words = self.words(image, host);
         Vmferry::start(words.into_iter().chain(more.iter().map(OsString::from)))
+    }
+
+    /// The same over a slow connection, without `--vm`.
+    pub(crate) fn start_slowly(self, image: &Path, host: &mut Host) -> (Vmferry, Link) {
+        assert!(!self.vm, "it would make a connection of its own");
+        let mut words = self.words(image, host);
+        let (uri, accept) = slow_link(host, "incoming");
+        *words.last_mut().expect("a URI is the last word") = uri.into();
+        let send = Vmferry::start(words);
+        (send, accept())
     }
 
     /// Restores; what was reported of it in the end.
