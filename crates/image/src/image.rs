@@ -81,7 +81,7 @@ impl Image {
                 let contents = index.contents.clone();
                 (Pages::Indexed(RwLock::new(Arc::new(index))), contents)
             }
-            None if is_mapped(&*storage, stream_start(&*storage)) => {
+            None if is_mapped(&*storage) => {
                 let (mapped, contents) = Mapped::open(&*storage, progress)?;
                 (Pages::Mapped(mapped), contents)
             }
@@ -355,15 +355,7 @@ impl Image {
             buffer.resize(length, 0);
         }
         let bytes = buffer.get_mut(..length).unwrap_or_default();
-        self.read_exactly(first.header, bytes)
-            .map_err(|error| match error {
-                ImageError::Read { source, .. }
-                    if source.kind() == std::io::ErrorKind::UnexpectedEof =>
-                {
-                    self.damaged(first, "the image ends before it".into())
-                }
-                error => error,
-            })?;
+        self.read_record(first, bytes)?;
         for page in run.pages() {
             let start = page.header.saturating_sub(first.header);
             let start = usize::try_from(start).unwrap_or(usize::MAX);
@@ -377,6 +369,19 @@ impl Image {
         }
         self.keep(buffer);
         Ok(())
+    }
+
+    /// Read from the record of a page on.
+    fn read_record(&self, page: &Wanted, into: &mut [u8]) -> Result<(), ImageError> {
+        self.read_exactly(page.header, into)
+            .map_err(|error| match error {
+                ImageError::Read { source, .. }
+                    if source.kind() == std::io::ErrorKind::UnexpectedEof =>
+                {
+                    self.damaged(page, "the image ends before it, or inside".into())
+                }
+                error => error,
+            })
     }
 
     /// What follows the header of a page's record, if it is the one that was indexed.
@@ -421,7 +426,7 @@ impl Image {
         };
         let length = page.payload.saturating_sub(page.header);
         let mut header = vec![0; usize::try_from(length).unwrap_or(0)];
-        self.read_exactly(page.header, &mut header)?;
+        self.read_record(page, &mut header)?;
         self.check_header(page, COMPRESSED_FLAG, &header)?;
         fetch_zlib(&*self.storage, page.payload, into)
             .map_err(|error| self.damaged(page, error.to_string()))?;
@@ -613,7 +618,7 @@ fn build(
     progress: &mut dyn FnMut(Progress),
 ) -> Result<Index, ImageError> {
     let named = IndexBuilder::new(place, storage).and_then(|mut builder| {
-        crate::walk::walk(storage, &mut builder, progress)?;
+        listen(storage, &mut builder, progress)?;
         let mode = storage.mode();
         let (new, path) = builder.complete(storage)?;
         let file = new.file.try_clone();
@@ -654,13 +659,29 @@ fn unnamed(
     progress: &mut dyn FnMut(Progress),
 ) -> Result<std::fs::File, ImageError> {
     let mut builder = IndexBuilder::unnamed(storage)?;
-    crate::walk::walk(storage, &mut builder, progress)?;
+    listen(storage, &mut builder, progress)?;
     let (new, _) = builder.complete(storage)?;
     new.file.try_clone().map_err(|source| ImageError::Index {
         index: std::env::temp_dir(),
         verb: "keep",
         source,
     })
+}
+
+/// Walk through an image that must not change meanwhile.
+fn listen(
+    storage: &dyn Storage,
+    builder: &mut IndexBuilder,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<(), ImageError> {
+    let identity = storage.identity();
+    let walked = crate::walk::walk(storage, builder, progress);
+    if storage.identity() != identity {
+        return Err(ImageError::Changing {
+            image: storage.name(),
+        });
+    }
+    walked
 }
 
 /// The index that was made just now.
@@ -680,18 +701,4 @@ fn opened(file: std::fs::File, storage: &dyn Storage) -> Result<Index, ImageErro
             problem: format!("{what} is damaged"),
         },
     })
-}
-
-/// Where the stream itself begins, behind libvirt's header.
-fn stream_start(storage: &dyn Storage) -> u64 {
-    let start = storage.start();
-    let mut header = [0; 24];
-    let is_libvirt =
-        storage.read_at(start, &mut header).is_ok() && header.starts_with(b"LibvirtQemud");
-    if !is_libvirt {
-        return start;
-    }
-    let bytes = header.last_chunk::<4>().copied().unwrap_or_default();
-    let bytes = u64::from(u32::from_le_bytes(bytes));
-    start.saturating_add(92).saturating_add(bytes)
 }

@@ -7,15 +7,16 @@
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use vmferry_inspect::{Event, VisitError, Visitor, walk_skipping};
 use vmferry_ram::{PAGE_BYTES, StoredPages};
-use vmferry_stream::{Decoder, MappedBlock, Options, Record, Step};
+use vmferry_stream::{MappedBlock, Record};
 
 use crate::Progress;
 use crate::error::ImageError;
 use crate::head::Contents;
 use crate::outline::{MAPPED_RAM, Outline};
 use crate::page::PAGE;
-use crate::storage::Storage;
+use crate::storage::{Reader, Storage};
 
 /// Bytes of a bitmap that are read at once: 128 MiB of guest memory.
 const PIECE_BYTES: usize = 4096;
@@ -39,27 +40,30 @@ struct Pieces {
     order: VecDeque<(usize, u64)>,
 }
 
-/// Does the stream that begins at byte `start` say that its pages have fixed places? `false` of what is no
-/// stream: a walk says what it is.
-pub(crate) fn is_mapped(storage: &dyn Storage, start: u64) -> bool {
-    let mut window = vec![0; 2 * vmferry_stream::limits::MAX_HEADER_BYTES];
-    let left = storage.length().saturating_sub(start);
-    window.truncate(usize::try_from(left).unwrap_or(usize::MAX));
-    if storage.read_at(start, &mut window).is_err() {
-        return false;
-    }
-    let mut decoder = Decoder::new(Options::default());
-    let mut rest = window.as_slice();
-    while let Ok(Step::Record { record, used }) = decoder.step(rest) {
-        match record {
-            Record::Header { .. } => rest = rest.get(used..).unwrap_or_default(),
-            Record::Configuration(configuration) => {
-                return configuration.has_capability(MAPPED_RAM);
+/// Does the stream say that its pages have fixed places? `false` of what is no stream: a walk says what
+/// it is.
+pub(crate) fn is_mapped(storage: &dyn Storage) -> bool {
+    let mut first = First { is_mapped: false };
+    // It ends with the first record that tells.
+    let _ = walk_skipping(Reader::new(storage), storage.start(), &mut first);
+    first.is_mapped
+}
+
+struct First {
+    is_mapped: bool,
+}
+
+impl Visitor for First {
+    fn event(&mut self, event: Event<'_>) -> Result<(), VisitError> {
+        match event {
+            Event::Container(_) | Event::Record(_, Record::Header { .. }) => Ok(()),
+            Event::Record(_, Record::Configuration(configuration)) => {
+                self.is_mapped = configuration.has_capability(MAPPED_RAM);
+                Err("it is known".into())
             }
-            _ => return false,
+            _ => Err("it has no configuration".into()),
         }
     }
-    false
 }
 
 impl Mapped {

@@ -39,6 +39,12 @@ pub(crate) fn capture(name: &str) -> Vec<u8> {
     unpack(&Path::new(env!("CARGO_MANIFEST_DIR")).join(file))
 }
 
+/// An image that QEMU made.
+pub(crate) fn qcow2_capture(name: &str) -> Vec<u8> {
+    let file = format!("../qcow2/tests/captures/{name}.qcow2.xz");
+    unpack(&Path::new(env!("CARGO_MANIFEST_DIR")).join(file))
+}
+
 fn unpack(path: &Path) -> Vec<u8> {
     let mut stream = Vec::new();
     let packed = File::open(path).unwrap();
@@ -56,6 +62,15 @@ pub(crate) struct Parked {
 impl Parked {
     pub(crate) fn new(stream: &[u8]) -> Self {
         let folder = tempfile::tempdir().unwrap();
+        fs::write(folder.path().join("vm"), stream).unwrap();
+        Self { folder }
+    }
+
+    /// Where writing is quick, if there is such a place.
+    pub(crate) fn in_memory(stream: &[u8]) -> Self {
+        let Ok(folder) = tempfile::tempdir_in("/dev/shm") else {
+            return Self::new(stream);
+        };
         fs::write(folder.path().join("vm"), stream).unwrap();
         Self { folder }
     }
@@ -177,4 +192,19 @@ pub(crate) fn assert_same(
         }
     }
     absent
+}
+
+/// Of a seed that is told, so that a failure can be seen again.
+pub(crate) fn rng() -> fastrand::Rng {
+    let seed = std::env::var("VMFERRY_SEED").ok();
+    let seed = seed.and_then(|seed| seed.parse().ok());
+    let seed = seed.unwrap_or_else(|| fastrand::u64(..));
+    println!("VMFERRY_SEED={seed}");
+    fastrand::Rng::with_seed(seed)
+}
+
+/// More of them with `VMFERRY_LONG=1`.
+pub(crate) fn rounds(rounds: u64) -> u64 {
+    let is_long = std::env::var_os("VMFERRY_LONG").is_some();
+    if is_long { 50 * rounds } else { rounds }
 }
