@@ -79,11 +79,13 @@ pub enum ParkError {
     /// The machine's devices have come by postcopy, but not all of it, and nobody waits for the rest any
     /// more. It did not run here.
     #[error(
-        "{source}; half of the guest is here ({missing_pages} pages are not): {}",
+        "{source}; the guest is not parked, and its source is in the middle of a postcopy ({missing_pages} \
+         pages had not come): {}",
         if *.source_told {
-            "its source was told so. QEMU 10 lets it go on there, QEMU 7.2 keeps it in 'postcopy-paused'"
+            "it was told of the failure. QEMU 10 lets the guest go on there, QEMU 7.2 keeps it in \
+             'postcopy-paused'"
         } else {
-            "its source keeps it in 'postcopy-paused'"
+            "it keeps the guest in 'postcopy-paused'"
         }
     )]
     HalfHere {

@@ -24,6 +24,8 @@ const ANSWER_PATIENCE: Duration = Duration::from_secs(10);
 const GREETING_PATIENCE: Duration = Duration::from_secs(10);
 /// How long to wait for a description, where the source keeps the channel open behind an EOF.
 const DESCRIPTION_PATIENCE: Duration = Duration::from_secs(10);
+/// How long a source may be silent that has heard of a failure.
+const SILENCE_PATIENCE: Duration = Duration::from_secs(30);
 /// How often it is looked whether to stop.
 const TICK: Duration = Duration::from_millis(100);
 /// Figures are published whenever this much has come.
@@ -35,9 +37,10 @@ pub type Reconnect<'a> = dyn FnMut(&ParkError) -> Option<Channel> + 'a;
 
 /// Receive a migration into a file. Ends with the stream, the channel, or `stop`.
 ///
-/// A stop before the package of a postcopy has come leaves the guest at the source. Behind it the source
-/// is told that it failed, which helps where it can take its guest back; to be able to tell, the channel
-/// must have another [`Stop`] than this one.
+/// A failure or a stop before the package of a postcopy has come leaves the guest at the source. Behind it
+/// the source is told, and what it still sends is thrown away: QEMU 10 lets its guest go on when it has
+/// sent everything, and not if the connection breaks before. The stop of the channel breaks that off, too;
+/// it must be another [`Stop`] than this one.
 ///
 /// # Errors
 /// The machine is not parked. [`ParkError::HalfHere`] if its source is in the middle of a postcopy.
@@ -60,7 +63,7 @@ pub fn receive(
         status.state = State::Setup;
         status.begun = Some(Instant::now());
     });
-    let received = receiver.run(channel, reconnect);
+    let (received, reader) = receiver.run(channel, reconnect);
     receiver.publish();
     let Receiver {
         parker,
@@ -82,6 +85,10 @@ pub fn receive(
         }
         Err(error) => {
             let source_told = answers.say(&ReturnMessage::Shut(1));
+            if let (Some(reader), true, true) = (reader, source_told, progress.is_postcopy) {
+                tracing::warn!(%error, "the rest of the postcopy is thrown away");
+                throw_away(reader);
+            }
             let error = match progress.is_postcopy {
                 true => ParkError::HalfHere {
                     source: Box::new(error),
@@ -111,33 +118,65 @@ struct Receiver<'a> {
 }
 
 impl Receiver<'_> {
-    /// Read one connection after the other until the stream is over.
-    fn run(&mut self, channel: Channel, reconnect: &mut Reconnect<'_>) -> Result<(), ParkError> {
-        let mut reader = self.use_channel(channel)?;
-        loop {
+    /// Read one connection after the other until the stream is over. Returns the one that is there then,
+    /// too.
+    fn run(
+        &mut self,
+        channel: Channel,
+        reconnect: &mut Reconnect<'_>,
+    ) -> (Result<(), ParkError>, Option<Reader>) {
+        let mut next = Some(channel);
+        while let Some(channel) = next {
+            let mut reader = match self.use_channel(channel) {
+                Ok(reader) => reader,
+                Err(error) => return (Err(error), None),
+            };
             let Err(error) = self.read(&mut reader) else {
-                return Ok(());
+                return (Ok(()), Some(reader));
             };
             if !self.parker.holds_package() || !error.is_of_connection() {
-                return Err(error);
+                return (Err(error), Some(reader));
             }
-            tracing::warn!(%error, "postcopy paused");
             // The source shall notice, too.
             self.answers = Answers::default();
             drop(reader);
-            self.parker.interrupted()?;
-            self.publish();
-            self.published.update(|status| {
-                status.state = State::PostcopyPaused;
-                status.error = Some(error.to_string());
-            });
-            let Some(next) = reconnect(&error) else {
-                return Err(error);
+            next = match self.pause(&error, reconnect) {
+                Ok(Some(next)) => Some(next),
+                Ok(None) => return (Err(error), None),
+                Err(error) => return (Err(error), None),
             };
-            reader = self.use_channel(next)?;
-            self.answers.is_open = true;
-            self.published
-                .update(|status| status.state = State::PostcopyRecover);
+        }
+        (Ok(()), None)
+    }
+
+    /// The connection broke: wait for the next.
+    fn pause(
+        &mut self,
+        error: &ParkError,
+        reconnect: &mut Reconnect<'_>,
+    ) -> Result<Option<Channel>, ParkError> {
+        tracing::warn!(%error, "postcopy paused");
+        self.parker.interrupted()?;
+        self.publish();
+        self.published.update(|status| {
+            status.state = State::PostcopyPaused;
+            status.error = Some(error.to_string());
+        });
+        loop {
+            let next = reconnect(error);
+            match &next {
+                None => {}
+                Some(Channel::TwoWay(..)) => {
+                    self.answers.is_open = true;
+                    self.published
+                        .update(|status| status.state = State::PostcopyRecover);
+                }
+                Some(_) => {
+                    tracing::warn!("the channel is one-way: a postcopy cannot go on over it");
+                    continue;
+                }
+            }
+            return Ok(next);
         }
     }
 
@@ -232,6 +271,12 @@ impl Receiver<'_> {
             tell(status, &progress);
         });
     }
+}
+
+/// Read what the source still sends, until it closes, or is silent for long.
+fn throw_away(mut reader: Reader) {
+    let mut buffer = vec![0; READ_BYTES];
+    while let Ok(1..) = reader.read_until(&mut buffer, Some(Instant::now() + SILENCE_PATIENCE)) {}
 }
 
 fn tell(status: &mut Status, progress: &Parking) {

@@ -251,6 +251,12 @@ fn a_stop_behind_the_package_says_what_it_means() {
             published.wait_until(PATIENCE, |status| status.state == State::PostcopyActive);
         assert!(postcopy.remaining_bytes > 0);
         stop.trigger();
+        let last = std::iter::from_fn(|| source.hear())
+            .find(|(message, _)| matches!(message, ReturnMessage::Shut(_)));
+        assert_eq!(last, Some((ReturnMessage::Shut(1), Vec::new())));
+        // A source that has to send everything before it can go on.
+        source.send(&stream[package_end(&stream)..]);
+        source.writer.shutdown().unwrap();
         receiver.join().unwrap().unwrap_err()
     });
     let told = matches!(
@@ -262,8 +268,6 @@ fn a_stop_behind_the_package_says_what_it_means() {
         }
     );
     assert!(told, "{error:?}");
-    let heard = source.hear_all();
-    assert_eq!(heard.last(), Some(&ReturnMessage::Shut(1)), "{heard:?}");
 }
 
 #[test]
@@ -342,7 +346,7 @@ fn a_broken_postcopy_can_be_given_up() {
         "{text}"
     );
     assert!(
-        text.contains("half of the guest") && text.contains("postcopy-paused"),
+        text.contains("not parked") && text.contains("postcopy-paused"),
         "{text}"
     );
     assert_eq!(published.get().state, State::Failed);

@@ -42,9 +42,8 @@ fn a_stream_that_is_cut_anywhere_is_not_whole() {
             if !is_postcopy && ends.contains(&cut) {
                 continue;
             }
-            let error = match cut_at(&stream, cut) {
-                Ok(_) => panic!("{name} is whole although it is cut at byte {cut}"),
-                Err(error) => error,
+            let Err(error) = cut_at(&stream, cut) else {
+                panic!("{name} is whole although it is cut at byte {cut}");
             };
             // It says where.
             let text = error.to_string();

@@ -45,6 +45,9 @@ struct Made {
     bytes: Vec<u8>,
 }
 
+/// Words of the refusal, and what is refused.
+type Spoilt = (&'static str, fn(&mut Made));
+
 const RAM: SectionId = SectionId(2);
 
 impl Made {
@@ -53,18 +56,20 @@ impl Made {
             encoder: Encoder::new(true),
             bytes: Vec::new(),
         };
-        made.put(Record::Header { version: 3 });
-        made.put(Record::Configuration(Configuration::of_machine(name("pc"))));
+        made.put(&Record::Header { version: 3 });
+        made.put(&Record::Configuration(Configuration::of_machine(name(
+            "pc",
+        ))));
         made
     }
 
-    fn put(&mut self, record: Record) -> &mut Self {
-        self.encoder.record(&record, &mut self.bytes);
+    fn put(&mut self, record: &Record) -> &mut Self {
+        self.encoder.record(record, &mut self.bytes);
         self
     }
 
     fn section(&mut self, kind: SectionKind) -> &mut Self {
-        self.put(Record::Section(Section {
+        self.put(&Record::Section(Section {
             kind,
             id: RAM,
             name: name("ram"),
@@ -74,12 +79,12 @@ impl Made {
     }
 
     fn end(&mut self) -> &mut Self {
-        self.put(Record::Ram(RamRecord::EndOfSection));
-        self.put(Record::SectionEnd { id: RAM })
+        self.put(&Record::Ram(RamRecord::EndOfSection));
+        self.put(&Record::SectionEnd { id: RAM })
     }
 
     fn command(&mut self, command: Command) -> &mut Self {
-        self.put(Record::Command(command))
+        self.put(&Record::Command(command))
     }
 
     fn advise(&mut self) -> &mut Self {
@@ -92,9 +97,9 @@ impl Made {
     fn start(&mut self, blocks: &[(&str, u64)]) -> &mut Self {
         self.section(SectionKind::Start);
         let total_bytes = blocks.iter().map(|(_, bytes)| bytes).sum();
-        self.put(Record::Ram(RamRecord::BlockList { total_bytes }));
+        self.put(&Record::Ram(RamRecord::BlockList { total_bytes }));
         for (block, used_bytes) in blocks {
-            self.put(Record::Ram(RamRecord::Block {
+            self.put(&Record::Ram(RamRecord::Block {
                 name: name(block),
                 used_bytes: *used_bytes,
                 page_bytes: None,
@@ -110,7 +115,7 @@ impl Made {
             block: name(block),
             offset_bytes,
         };
-        self.put(Record::Ram(RamRecord::Page { page, bytes: 4096 }));
+        self.put(&Record::Ram(RamRecord::Page { page, bytes: 4096 }));
         self.bytes.extend([0x5a; 4096]);
         self
     }
@@ -118,7 +123,7 @@ impl Made {
     fn discard(&mut self, block: &str, start_bytes: u64, length_bytes: u64) -> &mut Self {
         let block = name(block);
         self.command(Command::PostcopyRamDiscard { block, ranges: 1 });
-        self.put(Record::DiscardRange(DiscardRange {
+        self.put(&Record::DiscardRange(DiscardRange {
             start_bytes,
             length_bytes,
         }))
@@ -138,7 +143,7 @@ impl Made {
 
     fn device(&mut self, device: &str, body: &[u8]) -> &mut Self {
         let id = SectionId(7);
-        self.put(Record::Section(Section {
+        self.put(&Record::Section(Section {
             kind: SectionKind::Full,
             id,
             name: name(device),
@@ -146,7 +151,7 @@ impl Made {
             version: 1,
         }));
         self.bytes.extend(body);
-        self.put(Record::SectionEnd { id })
+        self.put(&Record::SectionEnd { id })
     }
 }
 
@@ -173,7 +178,7 @@ fn a_made_postcopy_is_parked() {
     let mut made = postcopy();
     made.package(package).section(SectionKind::Part);
     made.page("a", 0x1000).end();
-    made.section(SectionKind::End).end().put(Record::Eof);
+    made.section(SectionKind::End).end().put(&Record::Eof);
     let bytes = park(&made.bytes).unwrap();
     let (contents, commands, _) = read(&bytes).unwrap();
     assert_eq!(commands, Vec::<String>::new());
@@ -188,13 +193,13 @@ fn a_made_postcopy_is_parked() {
     // The page that is missing is missed.
     let mut made = postcopy();
     made.package(package).section(SectionKind::End).end();
-    made.put(Record::Eof);
+    made.put(&Record::Eof);
     refused(&made.bytes, &["1 pages"]);
 }
 
 #[test]
 fn a_postcopy_out_of_order_is_refused() {
-    let checks: [(&str, fn(&mut Made)); 11] = [
+    let checks: [Spoilt; 11] = [
         ("second POSTCOPY_ADVISE", |made| {
             made.advise();
         }),
@@ -238,7 +243,7 @@ fn a_postcopy_out_of_order_is_refused() {
                 block: name("a"),
                 offset_bytes: 0x1000,
             };
-            made.put(Record::Ram(RamRecord::Xbzrle { page, bytes: 0 }));
+            made.put(&Record::Ram(RamRecord::Xbzrle { page, bytes: 0 }));
         }),
     ];
     for (words, spoil) in checks {
@@ -250,7 +255,7 @@ fn a_postcopy_out_of_order_is_refused() {
 
 #[test]
 fn memory_that_is_not_there_is_refused() {
-    let checks: [(&str, fn(&mut Made)); 6] = [
+    let checks: [Spoilt; 6] = [
         ("'b' is not in the list", |made| {
             made.section(SectionKind::Part).page("b", 0);
         }),
@@ -267,7 +272,7 @@ fn memory_that_is_not_there_is_refused() {
             made.discard("b", 0x1000, 0x1000);
         }),
         ("a second 'ram' section", |made| {
-            made.put(Record::Section(Section {
+            made.put(&Record::Section(Section {
                 kind: SectionKind::Start,
                 id: SectionId(9),
                 name: name("ram"),
@@ -293,7 +298,7 @@ fn memory_that_is_not_there_is_refused() {
 #[test]
 fn sections_that_nobody_knows_are_refused() {
     let mut made = Made::new();
-    made.put(Record::Section(Section {
+    made.put(&Record::Section(Section {
         kind: SectionKind::Start,
         id: SectionId(3),
         name: name("0000:00:05.0/vfio"),
@@ -346,7 +351,7 @@ fn length_of_the_devices() {
         let mut made = Made::new();
         made.start(&[("a", 0x1000)]);
         made.section(SectionKind::End).page("a", 0).end();
-        made.device("large", &vec![0x55; length]).put(Record::Eof);
+        made.device("large", &vec![0x55; length]).put(&Record::Eof);
         let parked = park(&made.bytes);
         assert_eq!(parked.is_err(), is_refused, "{length}: {:?}", parked.err());
     }
@@ -356,7 +361,7 @@ fn length_of_the_devices() {
         made.device("large", &vec![0x55; length]);
         made.start(&[("a", 0x1000)]);
         made.section(SectionKind::End).page("a", 0).end();
-        made.put(Record::Eof);
+        made.put(&Record::Eof);
         let result = park_slowly(&made.bytes);
         assert_eq!(result.is_err(), is_refused, "{length}: {:?}", result.err());
     }

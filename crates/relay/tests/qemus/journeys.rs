@@ -1,0 +1,70 @@
+//! Parked by one QEMU's machine, loaded by another.
+
+use std::path::Path;
+
+use serde_json::json;
+
+use crate::checker::Checker;
+use crate::contents::{assert_same_memory, memory_of};
+use crate::need;
+use crate::parking::{Way, park};
+use crate::peers::qemu::{Machine, Qemu, Version};
+
+const VERSIONS: [Version; 2] = [Version::V10_0, Version::V7_2];
+
+/// Load a file, as `-incoming exec:` does; the guest waits.
+pub(crate) fn load(host: Machine, file: &Path) -> Qemu {
+    let command = format!("exec:cat {}", file.display());
+    let mut qemu = host.args(["-S", "-incoming", &command]).start();
+    qemu.migrated();
+    qemu
+}
+
+/// The guest that was loaded goes on, with every page right.
+pub(crate) fn goes_on(checker: &Checker, qemu: &mut Qemu) {
+    qemu.qmp.execute("cont", &json!({}));
+    qemu.wait_run_state("running");
+    checker.goes_on(3);
+}
+
+fn travels(from: Version, way: &Way) {
+    println!("{from:?} {way:?}");
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("parked.vm");
+    let mut checker = Checker::new();
+    let mut source = need!(checker.host(from)).start();
+    checker.goes_on(3);
+    let (parked, status) = park(&mut source, &file, way);
+    let parked = parked.unwrap_or_else(|error| panic!("{from:?} {way:?}: {error}"));
+    assert_eq!(
+        (parked.was_postcopy, parked.source_told),
+        (way.postcopy, way.two_way)
+    );
+    println!("{} bytes, {:?}", parked.bytes, status.total_time);
+    source.migrated();
+    let memory = memory_of(&mut source);
+    drop(source);
+    for to in VERSIONS {
+        let mut twin = checker.clone();
+        let mut fresh = load(need!(twin.host(to)), &file);
+        let what = format!("{from:?} to {to:?}, {way:?}");
+        assert_same_memory(&what, &memory, &memory_of(&mut fresh));
+        goes_on(&twin, &mut fresh);
+    }
+}
+
+#[test]
+fn by_precopy() {
+    for from in VERSIONS {
+        for two_way in [false, true] {
+            travels(from, &Way::precopy(two_way));
+        }
+    }
+}
+
+#[test]
+fn by_postcopy() {
+    for from in VERSIONS {
+        travels(from, &Way::postcopy(Vec::new()));
+    }
+}
