@@ -251,24 +251,25 @@ impl Image {
                 end_page,
             });
         }
-        let index = match &self.pages {
+        let mut index = match &self.pages {
             Pages::Mapped(mapped) => {
                 return mapped.read(&*self.storage, block.0, first_page, into);
             }
             Pages::Indexed(index) => read_lock(index),
         };
-        match self.read_indexed(&index, block.0, first_page, into) {
-            Err(Failed::Index(why)) => {
-                let index = self.rebuild(&index, &why)?;
-                let again = self.read_indexed(&index, block.0, first_page, into);
-                again.map_err(|failed| match failed {
-                    Failed::Image(error) => error,
-                    Failed::Index(why) => self.wrong_index(&why.to_string()),
-                })
+        // One where it is to be, and if somebody writes over that too, one that nobody sees.
+        for is_named in [true, false] {
+            match self.read_indexed(&index, block.0, first_page, into) {
+                Err(Failed::Index(why)) => index = self.rebuild(&index, &why, is_named)?,
+                Err(Failed::Image(error)) => return Err(error),
+                Ok(found) => return Ok(found),
             }
-            Err(Failed::Image(error)) => Err(error),
-            Ok(found) => Ok(found),
         }
+        let last = self.read_indexed(&index, block.0, first_page, into);
+        last.map_err(|failed| match failed {
+            Failed::Image(error) => error,
+            Failed::Index(why) => self.wrong_index(&why.to_string()),
+        })
     }
 
     fn read_indexed(
@@ -461,7 +462,12 @@ impl Image {
 
     /// The index is damaged where it was not read before: make another one. The image itself must be
     /// what it was.
-    fn rebuild(&self, damaged: &Arc<Index>, why: &Unusable) -> Result<Arc<Index>, ImageError> {
+    fn rebuild(
+        &self,
+        damaged: &Arc<Index>,
+        why: &Unusable,
+        is_named: bool,
+    ) -> Result<Arc<Index>, ImageError> {
         let Pages::Indexed(current) = &self.pages else {
             return Err(self.wrong_index("it has none"));
         };
@@ -474,8 +480,11 @@ impl Image {
         if self.storage.identity() != damaged.identity() {
             return Err(ImageError::Changing { image: self.name() });
         }
-        let index = build(&*self.storage, &self.place, &mut |_| {})?;
-        if index.contents != self.contents {
+        let index = match is_named {
+            true => build(&*self.storage, &self.place, &mut |_| {})?,
+            false => build_unnamed(&*self.storage, &mut |_| {})?,
+        };
+        if !is_same(&index.contents, &self.contents) {
             return Err(self.wrong_index("what is in the image besides pages differs"));
         }
         *current = Arc::new(index);
@@ -593,6 +602,16 @@ fn page_of(into: &mut [u8], step: usize) -> &mut [u8] {
         .unwrap_or_default()
 }
 
+/// Do an index and one that was made before say the same? But for sizes of pages: an image does not
+/// always say them, and who wrote it may have known more.
+fn is_same(now: &Contents, before: &Contents) -> bool {
+    let mut now = now.clone();
+    for (block, before) in now.head.blocks.iter_mut().zip(&before.head.blocks) {
+        block.page_bytes = before.page_bytes;
+    }
+    now == *before
+}
+
 fn read_lock(index: &RwLock<Arc<Index>>) -> Arc<Index> {
     Arc::clone(&index.read().unwrap_or_else(PoisonError::into_inner))
 }
@@ -635,15 +654,14 @@ fn build(
                 source,
             })
     });
-    let file = match named {
-        // The image is fine; there is no room for an index, or nobody may write there.
-        Err(error @ ImageError::Index { .. }) => {
+    match named.and_then(|file| opened(file, storage)) {
+        // The image is fine; there is no room for an index, nobody may write there, or others do.
+        Err(error @ (ImageError::Index { .. } | ImageError::WrongIndex { .. })) => {
             tracing::info!(image = storage.name(), %error, "the index is kept in an unnamed file");
-            unnamed(storage, progress)?
+            build_unnamed(storage, progress)
         }
-        other => other?,
-    };
-    opened(file, storage)
+        other => other,
+    }
 }
 
 /// Walk through an image and make an index that nobody else sees.
