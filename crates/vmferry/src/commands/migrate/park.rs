@@ -42,7 +42,7 @@ pub(super) fn run(vm: &Uri, flags: &MigrateFlags) -> Result<Exit, Failure> {
     source.leave(flags, &address)?;
     let stop = Stop::new()?;
     let (left, parked) = thread::scope(|scope| {
-        let parking = scope.spawn(|| receive(&listener, parker, flags, &stop));
+        let parking = scope.spawn(|| receive(&listener, folder, parker, flags, &stop));
         let mut progress = Progress::new(json_out(flags));
         let left = source.watch(&signals, &mut progress);
         if left != Left::Completed {
@@ -90,12 +90,15 @@ fn file_of(uri: &Uri) -> Result<&Path, Failure> {
 /// The destination's side. It ends with the migration, or with `stop`.
 fn receive(
     listener: &Listener,
+    folder: PrivateFolder,
     parker: Parker,
     flags: &MigrateFlags,
     stop: &Stop,
 ) -> Result<Parked, Failure> {
     let last = Stop::new()?;
     let (channel, joining) = parking::accept(listener, &flags.multifd, stop, &last)?;
+    // Nothing is left behind from now on, whatever ends this process.
+    drop(folder);
     // It never becomes a postcopy: a connection that breaks leaves the guest where it is.
     let parked = park::receive(channel, parker, &mut |_| None, stop, &Published::default());
     match (parked, parking::why_broken(joining)) {
@@ -122,7 +125,10 @@ fn not_parked(
             Failure::new(Exit::Undecided, message)
                 .hint("if that QEMU still runs the guest, the file is stale; if it does not, the machine is in the file")
         }
-        Left::Lost(why) => Failure::new(Exit::Failed, format!("the machine is not parked: {why}")),
+        Left::Lost(why) => Failure::new(
+            Exit::Failed,
+            format!("the machine is not parked, and its QEMU is gone: {why}"),
+        ),
         Left::Cancelled => {
             let guest = source.back();
             source.end();
@@ -133,7 +139,7 @@ fn not_parked(
             source.end();
             let mut why: Vec<String> = Vec::new();
             why.extend(failure.map(|failure| failure.message().to_owned()));
-            if let Left::Failed(reason) = left {
+            if let Left::Failed(Some(reason)) = left {
                 why.push(format!("QEMU says: {reason}"));
             }
             let message = format!("the machine is not parked: {}; {guest}", why.join("; "));

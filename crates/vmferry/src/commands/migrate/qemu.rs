@@ -35,7 +35,8 @@ pub(super) struct Source {
 pub(super) enum Left {
     Completed,
     Cancelled,
-    Failed(String),
+    /// It may say why.
+    Failed(Option<String>),
     /// It cannot be asked any more.
     Lost(String),
 }
@@ -77,7 +78,7 @@ impl Source {
                 });
                 match cancelled.map(|info| left(&info, true)) {
                     Ok(Some(Left::Completed)) => Left::Completed,
-                    Ok(_) => Left::Failed(error.to_string()),
+                    Ok(_) => Left::Failed(Some(error.to_string())),
                     Err(lost) => Left::Lost(lost.to_string()),
                 }
             }
@@ -102,7 +103,7 @@ impl Source {
                 return Ok(left);
             }
             if cancelled.is_some_and(|at| at.elapsed() > CANCEL_PATIENCE) {
-                return Ok(Left::Failed("it does not end the migration".to_owned()));
+                return Ok(Left::Failed(Some("it does not cancel".to_owned())));
             }
             let interval = (start.elapsed() / 16).clamp(FIRST_INTERVAL, INTERVAL);
             match signals.wait(Some(interval))? {
@@ -153,16 +154,12 @@ impl Drop for Source {
 }
 
 fn left(info: &MigrationInfo, cancelled: bool) -> Option<Left> {
-    let reason = || {
-        let reason = info.error_desc.clone();
-        reason.unwrap_or_else(|| "no reason was given".to_owned())
-    };
     match info.status? {
         MigrationStatus::Completed => Some(Left::Completed),
         MigrationStatus::Cancelled => Some(Left::Cancelled),
         // A cancel may come when the channel has just broken.
         MigrationStatus::Failed if cancelled => Some(Left::Cancelled),
-        MigrationStatus::Failed => Some(Left::Failed(reason())),
+        MigrationStatus::Failed => Some(Left::Failed(info.error_desc.clone())),
         _ => None,
     }
 }

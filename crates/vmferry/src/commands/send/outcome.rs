@@ -113,10 +113,13 @@ impl Figures {
         }
         line += &match (guest, self.runs_after) {
             (Guest::Runs, Some(after)) => {
-                format!("; it runs, since {} after connecting", precise(after))
+                format!(
+                    "; the guest runs, since {} after connecting",
+                    precise(after)
+                )
             }
-            (Guest::Runs, None) => "; it runs".to_owned(),
-            (Guest::StandsStill, _) => "; it stands still there".to_owned(),
+            (Guest::Runs, None) => "; the guest runs".to_owned(),
+            (Guest::StandsStill, _) => "; the guest stands still there".to_owned(),
             (Guest::Unknown, _) => String::new(),
         };
         if self.durable.is_none() {

@@ -126,11 +126,9 @@ impl Vm {
             Some(MigrationStatus::Completed) => {
                 let state = self.qemu.run_state();
                 self.put_back();
-                let runs = state.is_ok_and(|state| state == RunState::Running);
-                if runs {
-                    self.runs_since.get_or_insert_with(Instant::now);
+                Said::Arrived {
+                    runs: state.is_ok_and(|state| state == RunState::Running),
                 }
-                Said::Arrived { runs }
             }
             Some(MigrationStatus::Failed) => Said::Failed(reason(info.error_desc)),
             _ => Said::Nothing,
@@ -140,7 +138,8 @@ impl Vm {
     /// The machine is not there: why?
     pub(super) fn failed(&mut self) -> Said {
         if self.lost.is_some() {
-            return Said::Failed("it has ended; its standard error says why".to_owned());
+            let reason = "the destination has ended; its standard error says why";
+            return Said::Failed(reason.to_owned());
         }
         let is_over = |status| status == Some(MigrationStatus::Failed);
         match self.qemu.wait_migration(REASON_PATIENCE, is_over) {
@@ -195,7 +194,10 @@ fn settings(flags: &SendFlags, head: &Head) -> Settings {
 }
 
 fn reason(description: Option<String>) -> String {
-    description.unwrap_or_else(|| "it does not say why; its standard error may".to_owned())
+    match description {
+        Some(text) => format!("the destination says: {text}"),
+        None => "the destination does not say why; its standard error may".to_owned(),
+    }
 }
 
 fn refused(error: QemuError) -> Failure {

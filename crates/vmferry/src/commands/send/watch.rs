@@ -160,19 +160,17 @@ impl<'a> Watch<'a> {
             End::Completed => match vm.arrived() {
                 Said::Arrived { runs: true } => Outcome::Completed(Guest::Runs),
                 Said::Arrived { runs: false } => Outcome::Completed(Guest::StandsStill),
-                Said::Failed(why) => Outcome::Failed(format!("the destination says: {why}")),
+                Said::Failed(why) => Outcome::Failed(why),
                 Said::Nothing => Outcome::Completed(Guest::Unknown),
             },
             End::Undecided(why) => match vm.arrived() {
                 Said::Arrived { runs: true } => Outcome::Completed(Guest::Runs),
                 Said::Arrived { runs: false } => Outcome::Completed(Guest::StandsStill),
-                Said::Failed(why) => Outcome::Failed(format!("the destination says: {why}")),
+                Said::Failed(why) => Outcome::Failed(why),
                 Said::Nothing => Outcome::Undecided(why),
             },
             End::Failed(why) => match vm.failed() {
-                Said::Failed(reason) => {
-                    Outcome::Failed(format!("{why}; the destination says: {reason}"))
-                }
+                Said::Failed(reason) => Outcome::Failed(format!("{why}; {reason}")),
                 _ => Outcome::Failed(why),
             },
             End::Cancelled => Outcome::Cancelled,
