@@ -171,6 +171,11 @@ pub enum Unsupported {
     NoEnd,
     /// A synchronisation by a word although the sections synchronise.
     Flush,
+    /// Sections with footers but no configuration, or the other way round.
+    Footers {
+        /// They have footers.
+        found: bool,
+    },
     /// A device in front of the pages whose end cannot be found.
     EarlyDevice(Name),
 }
@@ -190,6 +195,12 @@ impl fmt::Display for Unsupported {
             }
             Self::NoEnd => f.write_str("a ram section without its last part"),
             Self::Flush => f.write_str("a flush word besides a flush in each section"),
+            Self::Footers { found: true } => {
+                f.write_str("a stream without a configuration, but with section footers,")
+            }
+            Self::Footers { found: false } => {
+                f.write_str("a stream with a configuration, but without section footers,")
+            }
             Self::EarlyDevice(device) => {
                 write!(
                     f,

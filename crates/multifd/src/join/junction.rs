@@ -292,9 +292,10 @@ impl State {
     }
 
     /// The list of blocks is through: from now on pages may be written.
-    pub(crate) fn set_up(&mut self, ram: Section, footers: bool) {
+    pub(crate) fn set_up(&mut self, ram: Section, footers: bool) -> Result<(), MultifdError> {
         self.ram = Some((ram, Encoder::new(footers)));
-        self.stage = Stage::Items;
+        self.stage = Stage::Pages;
+        self.end_pages(SectionKind::Start)
     }
 
     /// The main connection comes to the body of a section of ram.

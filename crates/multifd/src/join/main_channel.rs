@@ -56,6 +56,9 @@ pub(crate) struct MainChannel {
     waits: Waits,
     /// The END of ram has held a flush word.
     is_flushed: bool,
+    /// Sections have footers, or so it is believed: machine types up to 2.3 have neither them nor a
+    /// configuration.
+    footers: bool,
     is_set_up: bool,
     is_over: bool,
     /// What is to be written at the end of the item.
@@ -89,6 +92,7 @@ impl MainChannel {
             ram: None,
             waits: Waits::EachSection,
             is_flushed: false,
+            footers: false,
             is_set_up: false,
             is_over: false,
             held: Vec::new(),
@@ -145,6 +149,7 @@ impl MainChannel {
         match record {
             Record::Configuration(configuration) => {
                 self.configuration(&configuration)?;
+                self.footers = true;
                 self.pass(raw)
             }
             Record::Section(section) => self.section(&section, raw),
@@ -290,7 +295,7 @@ impl MainChannel {
                 if is_due {
                     self.pass_sync()?;
                 }
-                if is_setup { self.pass(raw) } else { Ok(()) }
+                if is_setup { self.set_up() } else { Ok(()) }
             }
             RamRecord::MappedBitmap { .. }
             | RamRecord::MappedGap { .. }
@@ -367,11 +372,12 @@ impl MainChannel {
 
     fn section_end(&mut self, raw: &[u8]) -> Result<(), MultifdError> {
         match std::mem::replace(&mut self.inside, Inside::Nothing) {
-            Inside::Ram(SectionKind::Start) => {
-                self.pass(raw)?;
-                self.item_end()?;
-                self.set_up()
-            }
+            Inside::Ram(SectionKind::Start) => match self.decoder.footers() {
+                Some(found) if found != self.footers => {
+                    Err(self.unsupported(Unsupported::Footers { found }))
+                }
+                _ => Ok(()),
+            },
             Inside::Ram(kind) => {
                 self.write_records()?;
                 self.junction.with(|state| state.end_pages(kind))?;
@@ -385,6 +391,9 @@ impl MainChannel {
         }
     }
 
+    /// The list of blocks has ended. Its footer may be a long time coming: the source keeps it back until
+    /// it has more to say on the main connection, and sends pages meanwhile. So it is written before it
+    /// has come, and compared later.
     fn set_up(&mut self) -> Result<(), MultifdError> {
         // Every channel of the source has synchronised, so all of them are connected.
         let surplus = surplus_channel(&self.listener, self.reader.stop(), SURPLUS_PATIENCE)?;
@@ -395,14 +404,12 @@ impl MainChannel {
             });
         }
         self.is_set_up = true;
-        let footers = self.decoder.footers() != Some(false);
+        let footers = self.decoder.footers().unwrap_or(self.footers);
+        self.footers = footers;
         let Some(ram) = self.ram.clone() else {
             return Ok(());
         };
-        self.junction.with(|state| {
-            state.set_up(ram, footers);
-            Ok(())
-        })
+        self.junction.with(|state| state.set_up(ram, footers))
     }
 
     /// Wait for the channels. Whatever stands before must be in the plain stream before they go on.
