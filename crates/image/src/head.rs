@@ -83,6 +83,29 @@ pub(crate) struct Contents {
     pub(crate) description: Option<Extent>,
 }
 
+impl Contents {
+    /// The same pages have the same numbers.
+    pub(crate) fn has_the_blocks_of(&self, other: &Self) -> bool {
+        let blocks = |contents: &Self| -> Vec<_> {
+            let blocks = contents.head.blocks.iter();
+            blocks
+                .map(|block| (block.name.clone(), block.used_bytes))
+                .collect()
+        };
+        blocks(self) == blocks(other)
+    }
+
+    /// Both say the same, but for sizes of pages: an image does not always say them, and who wrote it
+    /// may have known more.
+    pub(crate) fn is_same(&self, other: &Self) -> bool {
+        let mut this = self.clone();
+        for (block, other) in this.head.blocks.iter_mut().zip(&other.head.blocks) {
+            block.page_bytes = other.page_bytes;
+        }
+        this == *other
+    }
+}
+
 impl Head {
     /// The blocks as a machine's memory.
     pub(crate) fn layouts(&self) -> Vec<BlockLayout> {

@@ -216,7 +216,7 @@ impl Image {
         match &self.pages {
             Pages::Indexed(index) => {
                 let index = read_lock(index);
-                crate::verify::indexed(&*self.storage, &index, progress)?;
+                crate::verify::indexed(&*self.storage, &self.place, &index, progress)?;
             }
             Pages::Mapped(_) => crate::verify::mapped(self, progress)?,
         }
@@ -484,8 +484,8 @@ impl Image {
             true => build(&*self.storage, &self.place, &mut |_| {})?,
             false => build_unnamed(&*self.storage, &mut |_| {})?,
         };
-        if !is_same(&index.contents, &self.contents) {
-            return Err(self.wrong_index("what is in the image besides pages differs"));
+        if !index.contents.has_the_blocks_of(&self.contents) {
+            return Err(self.wrong_index("the image has other RAM blocks"));
         }
         *current = Arc::new(index);
         Ok(Arc::clone(&current))
@@ -600,16 +600,6 @@ fn page_of(into: &mut [u8], step: usize) -> &mut [u8] {
     let start = step.saturating_mul(PAGE);
     into.get_mut(start..start.saturating_add(PAGE))
         .unwrap_or_default()
-}
-
-/// Do an index and one that was made before say the same? But for sizes of pages: an image does not
-/// always say them, and who wrote it may have known more.
-fn is_same(now: &Contents, before: &Contents) -> bool {
-    let mut now = now.clone();
-    for (block, before) in now.head.blocks.iter_mut().zip(&before.head.blocks) {
-        block.page_bytes = before.page_bytes;
-    }
-    now == *before
 }
 
 fn read_lock(index: &RwLock<Arc<Index>>) -> Arc<Index> {

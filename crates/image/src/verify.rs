@@ -8,7 +8,7 @@ use crate::image::{Image, build_unnamed};
 use crate::index::chunk::Where;
 use crate::index::{Index, Unusable};
 use crate::page::PAGE;
-use crate::storage::Storage;
+use crate::storage::{IndexPlace, Storage};
 
 /// Pages that are read at once.
 const PAGES: usize = 64;
@@ -16,24 +16,24 @@ const PAGES: usize = 64;
 /// Index the image anew, and compare.
 pub(crate) fn indexed(
     storage: &dyn Storage,
+    place: &IndexPlace,
     index: &Index,
     progress: &mut dyn FnMut(Progress),
 ) -> Result<(), ImageError> {
+    let wrong = |problem: String| ImageError::WrongIndex {
+        image: storage.name(),
+        index: place.path(storage).unwrap_or_default(),
+        problem,
+    };
     let found = build_unnamed(storage, progress)?;
     let blocks = &index.contents.head.blocks;
-    let names = |index: &Index| -> Vec<_> {
-        let blocks = index.contents.head.blocks.iter();
-        blocks
-            .map(|block| (block.name.clone(), block.used_bytes))
-            .collect()
-    };
-    if names(&found) != names(index) {
-        return Err(wrong(storage, "the image has other RAM blocks"));
+    if !found.contents.has_the_blocks_of(&index.contents) {
+        return Err(wrong("the image has other RAM blocks".into()));
     }
     for (number, block) in blocks.iter().enumerate() {
         let mut page = 0;
         while page < block.pages() {
-            let unusable = |why: Unusable| wrong(storage, &why.to_string());
+            let unusable = |why: Unusable| wrong(why.to_string());
             let (expected, count) = index.entries(number, page).map_err(unusable)?;
             let (actual, _) = found.entries(number, page).map_err(unusable)?;
             for step in 0..usize::try_from(count).unwrap_or(0) {
@@ -66,6 +66,10 @@ pub(crate) fn indexed(
             page = page.saturating_add(count.max(1));
         }
     }
+    if !found.contents.is_same(&index.contents) {
+        let problem = "what is in the image besides pages differs";
+        return Err(wrong(problem.into()));
+    }
     Ok(())
 }
 
@@ -77,14 +81,6 @@ fn kept_sum(
     match entry.and_then(|(place, _)| place.get()) {
         Some(Where::Kept(slot)) => index.kept_sum(slot).map(Some),
         _ => Ok(None),
-    }
-}
-
-fn wrong(storage: &dyn Storage, problem: &str) -> ImageError {
-    ImageError::WrongIndex {
-        image: storage.name(),
-        index: storage.index_path().unwrap_or_default(),
-        problem: problem.to_owned(),
     }
 }
 

@@ -48,6 +48,8 @@ pub struct IndexBuilder {
     scratch: Vec<u8>,
     /// The block whose ranges are discarded.
     discard: Option<Name>,
+    /// All that is missing came, or comes, in the second half of a postcopy.
+    is_postcopy: bool,
     deltas: Option<Deltas>,
     kept_pages: u64,
 }
@@ -113,6 +115,7 @@ impl IndexBuilder {
             incoming: None,
             scratch: Vec::new(),
             discard: None,
+            is_postcopy: false,
             deltas: None,
             kept_pages: 0,
         }
@@ -134,6 +137,10 @@ impl IndexBuilder {
         self.outline.record(offset, bytes, record)?;
         match record {
             Record::Ram(record) => self.ram(offset, bytes, record),
+            Record::Command(Command::PostcopyListen) => {
+                self.is_postcopy = true;
+                Ok(())
+            }
             Record::Command(Command::PostcopyRamDiscard { block, .. }) => {
                 self.discard = Some(block.clone());
                 Ok(())
@@ -476,7 +483,7 @@ impl IndexBuilder {
         })?;
         let outline = std::mem::replace(&mut self.outline, Outline::new(String::new()));
         let mut contents = outline.finish(storage)?;
-        count(&mut contents, &table, &self.image)?;
+        count(&mut contents, &table, &self.image, self.is_postcopy)?;
         if storage.identity() != identity {
             return Err(ImageError::Changing {
                 image: self.image.clone(),
@@ -544,8 +551,13 @@ impl IndexBuilder {
     }
 }
 
-/// Count what is missing; refuse an image without content.
-fn count(contents: &mut Contents, table: &Table, image: &str) -> Result<(), ImageError> {
+/// Count what is missing; refuse an image whose pages went elsewhere.
+fn count(
+    contents: &mut Contents,
+    table: &Table,
+    image: &str,
+    is_postcopy: bool,
+) -> Result<(), ImageError> {
     let (mut all_absent, mut all_stored) = (0_u64, 0_u64);
     for (index, block) in contents.head.blocks.iter_mut().enumerate() {
         let (absent, stored) = table.counts(index);
@@ -553,14 +565,24 @@ fn count(contents: &mut Contents, table: &Table, image: &str) -> Result<(), Imag
         all_absent = all_absent.saturating_add(absent);
         all_stored = all_stored.saturating_add(stored);
     }
-    if all_stored == 0 && all_absent > 0 && !contents.head.ignores_shared() {
-        return Err(ImageError::Refused {
-            image: image.to_owned(),
-            offset: 0,
-            what: "it lists RAM blocks, but there is no page with content in it: is this the main \
-                   channel of a multifd migration?"
-                .into(),
-        });
+    if all_absent == 0 || contents.head.ignores_shared() {
+        return Ok(());
     }
-    Ok(())
+    let what = if all_stored == 0 {
+        "it lists RAM blocks, but there is no page with content in it: is this the main channel of a \
+         multifd migration?"
+            .to_owned()
+    } else if is_postcopy {
+        format!(
+            "{all_absent} pages are missing, all of which a postcopy sends: did they go over another \
+             channel (postcopy-preempt)?"
+        )
+    } else {
+        return Ok(());
+    };
+    Err(ImageError::Refused {
+        image: image.to_owned(),
+        offset: 0,
+        what,
+    })
 }

@@ -109,6 +109,8 @@ pub(crate) struct Table {
     nonce: u64,
     blocks: Vec<BlockChunks>,
     presence: Vec<Presence>,
+    /// Those of which that is not [`Presence::Absent`].
+    there: Bits,
     counts: Vec<Counts>,
     cache: HashMap<u64, Box<Chunk>>,
     /// Oldest first; the same chunks as in `cache`.
@@ -133,6 +135,7 @@ impl Table {
             nonce,
             blocks,
             presence: vec![Presence::Absent; length],
+            there: Bits::new(length),
             counts,
             cache: HashMap::new(),
             order: VecDeque::new(),
@@ -219,27 +222,40 @@ impl Table {
     }
 
     fn forget_chunks(&mut self, block: &BlockChunks, chunks: Range<u64>) {
-        for (number, chunk) in &mut self.cache {
-            if chunks.contains(number) {
-                **chunk = Chunk::filled(Place::ABSENT);
-            }
-        }
-        let index = |number| usize::try_from(number).unwrap_or(usize::MAX);
-        let range = index(chunks.start)..index(chunks.end);
-        for (presence, number) in self
-            .presence
-            .get_mut(range.clone())
-            .unwrap_or_default()
-            .iter_mut()
-            .zip(chunks)
-        {
-            if *presence != Presence::Absent {
-                *presence = Presence::Absent;
-                if let Some(counts) = self.counts.get_mut(index(number)) {
-                    counts.absent = u16::try_from(block.valid(number)).unwrap_or(0);
-                    counts.stored = 0;
+        let count = usize::try_from(chunks.end.saturating_sub(chunks.start)).unwrap_or(usize::MAX);
+        if count > self.cache.len() {
+            for (number, chunk) in &mut self.cache {
+                if chunks.contains(number) {
+                    **chunk = Chunk::filled(Place::ABSENT);
                 }
             }
+        } else {
+            for number in chunks.clone() {
+                if let Some(chunk) = self.cache.get_mut(&number) {
+                    **chunk = Chunk::filled(Place::ABSENT);
+                }
+            }
+        }
+        // A source may discard everything again and again: what is not there is stepped over fast.
+        let mut from = chunks.start;
+        while let Some(number) = self.there.next(from, chunks.end) {
+            let index = usize::try_from(number).unwrap_or(usize::MAX);
+            let counts = Counts {
+                absent: u16::try_from(block.valid(number)).unwrap_or(0),
+                stored: 0,
+            };
+            self.remember(index, Presence::Absent, counts);
+            from = number.saturating_add(1);
+        }
+    }
+
+    fn remember(&mut self, index: usize, presence: Presence, counts: Counts) {
+        self.there.put(index, presence != Presence::Absent);
+        if let Some(found) = self.presence.get_mut(index) {
+            *found = presence;
+        }
+        if let Some(found) = self.counts.get_mut(index) {
+            *found = counts;
         }
     }
 
@@ -302,12 +318,7 @@ impl Table {
             file.write_all_at(&chunk.encode(self.nonce, number), chunk_offset(number))?;
             Presence::Written
         };
-        if let Some(found) = self.presence.get_mut(index) {
-            *found = presence;
-        }
-        if let Some(found) = self.counts.get_mut(index) {
-            *found = counts;
-        }
+        self.remember(index, presence, counts);
         Ok(())
     }
 
@@ -335,6 +346,41 @@ impl Table {
                 stored.saturating_add(u64::from(counts.stored)),
             )
         })
+    }
+}
+
+/// A bit for each chunk.
+#[derive(Debug)]
+struct Bits(Vec<u64>);
+
+impl Bits {
+    fn new(length: usize) -> Self {
+        Self(vec![0; length.div_ceil(64)])
+    }
+
+    fn put(&mut self, index: usize, value: bool) {
+        if let Some(word) = self.0.get_mut(index / 64) {
+            let bit = 1 << (index % 64);
+            *word = if value { *word | bit } else { *word & !bit };
+        }
+    }
+
+    /// The first one that is set, from `from` on and before `end`.
+    fn next(&self, from: u64, end: u64) -> Option<u64> {
+        let first = usize::try_from(from / 64).ok()?;
+        let head = self.0.get(first)? & (u64::MAX << (from % 64));
+        let (word, bits) = match head {
+            0 => {
+                let rest = self.0.get(first.saturating_add(1)..)?;
+                let step = rest.iter().position(|word| *word != 0)?;
+                let word = first.saturating_add(1).saturating_add(step);
+                (word, *rest.get(step)?)
+            }
+            bits => (first, bits),
+        };
+        let number = u64::try_from(word).ok()?.saturating_mul(64);
+        let number = number.saturating_add(u64::from(bits.trailing_zeros()));
+        (number < end).then_some(number)
     }
 }
 
@@ -417,6 +463,24 @@ mod tests {
             let absent = pages - of_block.count() as u64;
             assert_eq!(table.counts(block), (absent, stored.count() as u64));
         }
+    }
+
+    #[test]
+    fn bits_are_found_in_their_order() {
+        let mut bits = Bits::new(300);
+        for index in [0, 63, 64, 200, 299] {
+            bits.put(index, true);
+        }
+        bits.put(64, false);
+        let found = |from, end| bits.next(from, end);
+        assert_eq!(found(0, 300), Some(0));
+        assert_eq!(found(1, 300), Some(63));
+        assert_eq!(found(1, 63), None);
+        assert_eq!(found(64, 300), Some(200));
+        assert_eq!(found(201, 300), Some(299));
+        assert_eq!(found(201, 299), None);
+        assert_eq!(found(300, 300), None);
+        assert_eq!(found(1000, 2000), None);
     }
 
     #[test]
