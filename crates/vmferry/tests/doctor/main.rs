@@ -9,5 +9,6 @@ mod diff;
 mod extract;
 mod inspect;
 mod outcome;
+mod parked;
 mod schema;
 mod snapshot;
