@@ -133,6 +133,13 @@ impl ImageBlock {
         self.used_bytes.checked_div(PAGE_BYTES).unwrap_or(0)
     }
 
+    /// Lengths are multiples of pages.
+    pub(crate) fn is_possible(&self) -> bool {
+        self.page_bytes.is_power_of_two()
+            && self.page_bytes >= PAGE_BYTES
+            && self.used_bytes.is_multiple_of(PAGE_BYTES)
+    }
+
     fn layout(&self, ignores_shared: bool) -> BlockLayout {
         let is_absent = self.pages() > 0 && self.absent_pages == self.pages();
         let max_bytes = self.used_bytes.checked_next_multiple_of(self.page_bytes);

@@ -25,7 +25,7 @@ use std::sync::Arc;
 
 pub use builder::IndexBuilder;
 
-use crate::head::Contents;
+use crate::head::{Contents, ImageBlock};
 use crate::limits::CONTENTS_BYTES_MAX;
 use crate::page::PAGE;
 use crate::storage::{Identity, Storage};
@@ -114,11 +114,10 @@ impl Index {
         }
         let mut rest = bytes.as_slice();
         let contents = contents::decode(&mut rest).ok_or(Unusable::Damaged("its contents"))?;
-        let pages = contents
-            .head
-            .blocks
-            .iter()
-            .map(crate::head::ImageBlock::pages);
+        if !contents.head.blocks.iter().all(ImageBlock::is_possible) {
+            return Err(damaged);
+        }
+        let pages = contents.head.blocks.iter().map(ImageBlock::pages);
         let (blocks, chunks) = BlockChunks::of(pages);
         let is_right = u64::try_from(rest.len()).is_ok_and(|length| length == chunks);
         if chunks != header.chunks || !is_right {
