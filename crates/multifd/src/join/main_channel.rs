@@ -141,8 +141,14 @@ impl MainChannel {
         if self.is_over && self.junction.is_given_up() {
             return Ok(());
         }
-        self.decoder.finish()?;
+        self.decoder.finish_at(self.end())?;
         Ok(())
+    }
+
+    /// Byte of the stream up to which it was read.
+    fn end(&self) -> u64 {
+        let unused = u64::try_from(self.window.bytes().len()).unwrap_or(u64::MAX);
+        self.decoder.offset().saturating_add(unused)
     }
 
     fn record(&mut self, record: Record, raw: &[u8]) -> Result<(), MultifdError> {
@@ -249,7 +255,7 @@ impl MainChannel {
             }
             let filled = self.window.fill(&mut self.reader, seen.saturating_add(1));
             if !filled.map_err(MultifdError::main)? {
-                return Ok(self.decoder.finish().map(drop)?);
+                return Ok(self.decoder.finish_at(self.end()).map(drop)?);
             }
         }
     }

@@ -2,6 +2,7 @@
 
 mod captures;
 mod ends;
+mod hostile;
 mod plain;
 mod round_trip;
 mod streams;

@@ -12,12 +12,13 @@ pub(crate) mod qmp;
 
 /// Disks, of which there are none here.
 pub(crate) mod image {
+    #[derive(Clone, Copy)]
     pub(crate) enum Format {
         Raw,
     }
 
     impl Format {
-        pub(crate) fn name(&self) -> &'static str {
+        pub(crate) fn name(self) -> &'static str {
             match self {
                 Self::Raw => "raw",
             }
