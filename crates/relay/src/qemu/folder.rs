@@ -3,7 +3,7 @@
 use std::fs::{self, DirBuilder};
 use std::hash::{BuildHasher, RandomState};
 use std::io;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, chown};
 use std::path::{Path, PathBuf};
 
 use vmferry_channel::Uri;
@@ -22,6 +22,8 @@ const ATTEMPTS: usize = 16;
 pub struct PrivateFolder {
     path: PathBuf,
     sockets: u32,
+    /// Whom it was given to.
+    user: Option<u32>,
 }
 
 impl PrivateFolder {
@@ -45,7 +47,13 @@ impl PrivateFolder {
             }
             // What exists is never taken over: it may be somebody else's.
             match DirBuilder::new().mode(0o700).create(&path) {
-                Ok(()) => return Ok(Self { path, sockets: 0 }),
+                Ok(()) => {
+                    return Ok(Self {
+                        path,
+                        sockets: 0,
+                        user: None,
+                    });
+                }
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => failed = error,
                 Err(error) => {
                     let message = format!("cannot make folder {}: {error}", path.display());
@@ -54,6 +62,27 @@ impl PrivateFolder {
             }
         }
         Err(failed)
+    }
+
+    /// Let another user into it, and nobody else; only root can do that, and may still enter itself.
+    ///
+    /// # Errors
+    /// The host refuses.
+    pub fn give_to(&mut self, user: u32) -> io::Result<()> {
+        chown(&self.path, Some(user), None)?;
+        self.user = Some(user);
+        Ok(())
+    }
+
+    /// Let whoever the folder was given to connect to a socket that was made in it.
+    ///
+    /// # Errors
+    /// The host refuses.
+    pub fn open_to_user(&self, socket: &Uri) -> io::Result<()> {
+        match (socket, self.user) {
+            (Uri::Unix(path), Some(user)) => chown(path, Some(user), None),
+            _ => Ok(()),
+        }
     }
 
     /// The path of a socket that was not given out before, as an address.
@@ -79,7 +108,7 @@ impl Drop for PrivateFolder {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::fs::{MetadataExt, PermissionsExt};
     use std::os::unix::net::UnixListener;
 
     use super::*;
@@ -96,6 +125,19 @@ mod tests {
         let _listener = UnixListener::bind(&socket).unwrap();
         drop(folder);
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_folder_can_be_given_to_its_own_user() {
+        let mut folder = PrivateFolder::new().unwrap();
+        let user = fs::metadata(folder.path()).unwrap().uid();
+        folder.give_to(user).unwrap();
+        let socket = folder.socket();
+        let Uri::Unix(path) = &socket else { panic!() };
+        let _listener = UnixListener::bind(path).unwrap();
+        folder.open_to_user(&socket).unwrap();
+        let metadata = fs::metadata(folder.path()).unwrap();
+        assert_eq!((metadata.uid(), metadata.mode() & 0o7777), (user, 0o700));
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! Typed calls of a QEMU's monitor.
 
 use std::fmt;
+use std::io;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -8,7 +9,7 @@ use vmferry_channel::{Stop, Uri};
 use vmferry_qmp::types::{MigrationInfo, MigrationStatus, RunState, StatusInfo};
 use vmferry_qmp::{Client, ServerEvent};
 
-use super::QemuError;
+use super::{PrivateFolder, QemuError};
 
 /// How often a QEMU is asked while something is awaited.
 const INTERVAL: Duration = Duration::from_millis(20);
@@ -68,6 +69,21 @@ impl Qemu {
             minor: version.minor,
             micro: version.micro,
         }
+    }
+
+    /// A folder for sockets that it can use, too: a QEMU often runs as a user of its own.
+    ///
+    /// # Errors
+    /// It cannot be made.
+    pub fn private_folder(&self) -> io::Result<PrivateFolder> {
+        let mut folder = PrivateFolder::new()?;
+        if let Some(user) = self.client.peer_user()
+            && let Err(error) = folder.give_to(user)
+        {
+            // Then it is told by QEMU itself, unless that is root.
+            tracing::debug!(%error, user, "cannot give a folder to a QEMU");
+        }
+        Ok(folder)
     }
 
     /// How the machine is: `running`, `paused`, `inmigrate`, …

@@ -35,9 +35,10 @@ pub(super) fn run(vm: &Uri, flags: &MigrateFlags) -> Result<Exit, Failure> {
     let mut source = Source::connect(vm)?;
     let mut made = MadeFiles::default();
     let parker = parking::create(path, flags.index.as_deref(), &mut made)?;
-    let mut folder = PrivateFolder::new()?;
+    let mut folder = source.private_folder()?;
     let address = folder.socket();
     let listener = Listener::bind(&address).map_err(|error| Failure::new(Exit::Failed, error))?;
+    folder.open_to_user(&address)?;
     let begun = Instant::now();
     source.leave(flags, &address)?;
     let stop = Stop::new()?;

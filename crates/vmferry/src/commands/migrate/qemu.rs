@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use vmferry_channel::{Stop, Uri};
 use vmferry_qmp::types::{MigrationInfo, MigrationStatus, RunState};
-use vmferry_relay::qemu::{Before, Qemu, QemuError, Settings};
+use vmferry_relay::qemu::{Before, PrivateFolder, Qemu, QemuError, Settings};
 
 use crate::exit::{Exit, Failure};
 use crate::flags::MigrateFlags;
@@ -51,6 +51,11 @@ impl Source {
             ran: state == RunState::Running,
             before: None,
         })
+    }
+
+    /// For the socket that its machine goes to.
+    pub(super) fn private_folder(&self) -> io::Result<PrivateFolder> {
+        self.qemu.private_folder()
     }
 
     /// Begin. Refused, nothing has changed.

@@ -6,7 +6,7 @@ use vmferry_channel::{Stop, Uri};
 use vmferry_image::Head;
 use vmferry_multifd::Flush;
 use vmferry_qmp::types::{MigrationStatus, RunState};
-use vmferry_relay::qemu::{Before, PrivateFolder, Qemu, QemuError, Settings};
+use vmferry_relay::qemu::{Before, Qemu, QemuError, Settings};
 
 use super::target::Way;
 use crate::exit::{Exit, Failure};
@@ -67,7 +67,7 @@ impl Vm {
         head: &Head,
         stop: &Stop,
     ) -> Result<Way, Failure> {
-        let mut folder = PrivateFolder::new()?;
+        let mut folder = self.qemu.private_folder()?;
         let at = folder.socket();
         if flags.resume {
             self.qemu.recover(&at).map_err(not_interrupted)?;
