@@ -19,12 +19,13 @@ use super::indexer::{IncomingPage, Indexer};
 use super::memory::Memory;
 use super::output::{Output, Window, put};
 use super::package::Package;
-use super::tail;
+use super::tail::{self, Guessed};
 
 /// The description of a machine whose source sent none.
 const EMPTY_DESCRIPTION: &[u8] = b"{}";
 
 const DEVICE_TOO_LONG: &str = "the state of a device is longer than can be held";
+const DEVICES_TOO_LONG: &str = "the devices at the end are longer than can be held";
 
 /// How to park.
 #[derive(Debug, Default)]
@@ -110,6 +111,8 @@ pub struct Parker {
     ram: Ram,
     /// Where the devices at the end start in the file.
     tail_start: Option<u64>,
+    /// Devices whose ends were looked for, since the last section of another kind.
+    guessed: Option<Guessed>,
     /// Block of the discarded ranges that follow.
     discard: Option<Name>,
     advised: bool,
@@ -204,6 +207,7 @@ impl Parker {
             body_ended: false,
             ram: Ram::NotYet,
             tail_start: None,
+            guessed: None,
             discard: None,
             advised: false,
             resuming: false,
@@ -379,6 +383,11 @@ impl Parker {
         if let Some(start) = self.tail_start {
             tail::read_tail(file, start, length, footers, &mut self.index)
                 .map_err(ParkError::Devices)?;
+        } else if let (Some(guessed), State::Precopy) = (&self.guessed, &self.state) {
+            // The description, which came later, must say the same.
+            guessed
+                .check(file, length, footers)
+                .map_err(ParkError::Devices)?;
         }
         file.sync_all().map_err(file_error)?;
         let file = self.output.into_file();
@@ -537,7 +546,7 @@ impl Parker {
         }
         match self.tail_start {
             Some(start) if self.whole.saturating_sub(start) > HELD_BYTES_MAX as u64 => {
-                Err(self.refused("the devices at the end are longer than can be held"))
+                Err(self.refused(DEVICES_TOO_LONG))
             }
             _ => Ok(()),
         }
@@ -631,9 +640,14 @@ impl Parker {
             BodyEnd::At(length) => {
                 self.decoder.skip_device(length as u64);
                 self.body_ended = true;
+                let offset = window.offset(&self.output);
+                if let Some(guessed) = &mut self.guessed
+                    && guessed.push(offset, length as u64) > HELD_BYTES_MAX as u64
+                {
+                    return Err(self.refused(DEVICES_TOO_LONG));
+                }
                 if length == 0 {
                     // Nothing will be announced.
-                    let offset = window.offset(&self.output);
                     self.index.device(section, offset, &[])?;
                 }
                 self.payload = Payload::Device(section.clone());

@@ -9,7 +9,7 @@ use std::os::unix::fs::FileExt;
 
 use vmferry_inspect::{Event, VisitError, Visitor, WalkError, walk};
 use vmferry_stream::{
-    Command, Content, DecodeError, Encoder, Ending, InstanceId, Name, RamRecord, Record, Section,
+    Command, Content, DecodeError, Encoder, InstanceId, Name, RamRecord, Record, Section,
     SectionId, SectionKind,
 };
 
@@ -74,18 +74,59 @@ enum TailFault {
     Command(u64, &'static str),
     #[error("byte {0}: section '{1}' among the devices")]
     Live(u64, Name),
+    #[error("byte {0}: the description does not say that a device ends where one seems to")]
+    Elsewhere(u64),
     #[error("byte {0}: {1} bytes behind the end of the stream")]
     Followed(u64, u64),
 }
 
+/// Where a body starts in the file, and how long it is.
+type Extent = (u64, u64);
+
+/// Devices whose ends were looked for when they came, by their footers.
+#[derive(Debug)]
+pub(super) struct Guessed {
+    /// Where the first one's section starts.
+    start: u64,
+    bodies: Vec<Extent>,
+}
+
+impl Guessed {
+    pub(super) fn at(start: u64) -> Self {
+        Self {
+            start,
+            bodies: Vec::new(),
+        }
+    }
+
+    /// Another one's body; how long all of them are.
+    pub(super) fn push(&mut self, offset: u64, bytes: u64) -> u64 {
+        self.bodies.push((offset, bytes));
+        (offset + bytes).saturating_sub(self.start)
+    }
+
+    /// Does the description say the same?
+    pub(super) fn check(&self, file: &File, length: u64, footers: bool) -> Result<(), WalkError> {
+        let bodies = read_tail(file, self.start, length, footers, &mut Indexer(None))?;
+        if bodies == self.bodies {
+            return Ok(());
+        }
+        let mut pairs = self.bodies.iter().zip(&bodies);
+        let wrong = pairs.find(|(guessed, right)| guessed != right);
+        let offset = wrong.map_or(self.start, |((offset, _), _)| *offset);
+        Err(WalkError::Visitor(TailFault::Elsewhere(offset).into()))
+    }
+}
+
 /// Go through the devices that start at `start` in the file, which has `length` bytes, and tell the index.
+/// Returns where their bodies are.
 pub(super) fn read_tail(
     file: &File,
     start: u64,
     length: u64,
     footers: bool,
     index: &mut Indexer,
-) -> Result<Ending, WalkError> {
+) -> Result<Vec<Extent>, WalkError> {
     let prefix = prefix(footers);
     let base = prefix.len() as u64;
     let mut visitor = Devices {
@@ -94,6 +135,7 @@ pub(super) fn read_tail(
         encoder: Encoder::new(footers),
         scratch: Vec::new(),
         index,
+        bodies: Vec::new(),
     };
     let input = prefix[..].chain(FileReader {
         file,
@@ -107,7 +149,7 @@ pub(super) fn read_tail(
         let fault = TailFault::Followed(end, length.saturating_sub(end));
         return Err(WalkError::Visitor(fault.into()));
     }
-    Ok(finish.ending)
+    Ok(visitor.bodies)
 }
 
 struct FileReader<'a> {
@@ -135,6 +177,7 @@ struct Devices<'a> {
     encoder: Encoder,
     scratch: Vec<u8>,
     index: &'a mut Indexer,
+    bodies: Vec<Extent>,
 }
 
 impl Devices<'_> {
@@ -167,6 +210,7 @@ impl Visitor for Devices<'_> {
             }
             Event::Device(body) => {
                 let offset = shift(body.offset);
+                self.bodies.push((offset, body.bytes.len() as u64));
                 Ok(self.index.device(body.section, offset, body.bytes)?)
             }
             Event::Description(description) => {

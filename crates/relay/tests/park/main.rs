@@ -5,5 +5,6 @@ mod captures;
 mod contents;
 mod cuts;
 mod index;
+mod lies;
 mod recovery;
 mod refusals;

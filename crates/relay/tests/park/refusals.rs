@@ -355,8 +355,12 @@ fn length_of_the_devices() {
         let parked = park(&made.bytes);
         assert_eq!(parked.is_err(), is_refused, "{length}: {:?}", parked.err());
     }
-    // The same for a device before the memory.
-    for (length, is_refused) in [(held - 5, false), (held + 1, true)] {
+    // The same for a device before the memory, of which the header counts.
+    let header_bytes = end_bytes - 1 - 5;
+    for (length, is_refused) in [
+        (held - header_bytes, false),
+        (held - header_bytes + 1, true),
+    ] {
         let mut made = Made::new();
         made.device("large", &vec![0x55; length]);
         made.start(&[("a", 0x1000)]);

@@ -7,6 +7,7 @@ use super::{Fate, ParkEvent, Parker, Payload, Ram};
 use crate::park::error::ParkError;
 use crate::park::indexer::IncomingPage;
 use crate::park::output::Window;
+use crate::park::tail::Guessed;
 
 impl Parker {
     /// What becomes of a record, and of its payload.
@@ -70,6 +71,12 @@ impl Parker {
         self.open = Some(section.clone());
         self.body_ended = false;
         self.searched = 0;
+        let start = window.offset(&self.output);
+        if (section.content(), section.kind) == (Content::Device, SectionKind::Full) {
+            self.guessed.get_or_insert_with(|| Guessed::at(start));
+        } else {
+            self.guessed = None;
+        }
         match (section.content(), section.kind) {
             (Content::Block, _) => Err(self.refused(
                 "the stream holds disks (section 'block'), which a parked machine does not: say --disk to \
@@ -81,7 +88,7 @@ impl Parker {
             }
             (Content::Device, SectionKind::Full) if self.ram == Ram::Ended => {
                 // Their ends stand in the description, at the very end.
-                self.tail_start = Some(window.offset(&self.output));
+                self.tail_start = Some(start);
                 self.decoder.pass_rest();
                 Ok(Fate::KeepUnread)
             }
