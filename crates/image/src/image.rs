@@ -310,7 +310,7 @@ impl Image {
                     let wanted = self.wanted(block, page, step, payload, sum);
                     if !run.takes(&wanted) {
                         self.read_run(&run, into)?;
-                        run = Run::default();
+                        run.count = 0;
                     }
                     run.push(wanted);
                 }

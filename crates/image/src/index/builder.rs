@@ -52,6 +52,7 @@ pub struct IndexBuilder {
     is_postcopy: bool,
     deltas: Option<Deltas>,
     kept_pages: u64,
+    kept_pages_max: u64,
 }
 
 /// A page whose payload is on its way.
@@ -118,6 +119,7 @@ impl IndexBuilder {
             is_postcopy: false,
             deltas: None,
             kept_pages: 0,
+            kept_pages_max: KEPT_PAGES_MAX,
         }
     }
 
@@ -402,12 +404,12 @@ impl IndexBuilder {
             return Ok(());
         }
         if base != Base::Slot {
-            if self.kept_pages >= KEPT_PAGES_MAX {
+            if self.kept_pages >= self.kept_pages_max {
                 return Err(ImageError::TooMuch {
                     image: self.image.clone(),
                     offset: incoming.offset,
                     what: "pages with XBZRLE records".into(),
-                    max: KEPT_PAGES_MAX,
+                    max: self.kept_pages_max,
                 });
             }
             self.kept_pages = self.kept_pages.saturating_add(1);
@@ -585,4 +587,53 @@ fn count(
         offset: 0,
         what,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::FileStorage;
+
+    #[test]
+    fn pages_that_are_kept_have_a_limit() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("image");
+        std::fs::write(&path, b"").unwrap();
+        let storage = FileStorage::open(&path, 0).unwrap();
+        let mut index = IndexBuilder::new(&IndexPlace::Beside, &storage).unwrap();
+        index.kept_pages_max = 2;
+        let name = Name::new("ram").unwrap();
+        let block = RamRecord::Block {
+            name: name.clone(),
+            used_bytes: 3 * PAGE_BYTES,
+            page_bytes: None,
+            guest_address: None,
+            mapped: None,
+        };
+        index.record(0, 0, &Record::Ram(block)).unwrap();
+        let page = |number: u64| RamPage {
+            block: name.clone(),
+            offset_bytes: number * PAGE_BYTES,
+        };
+        for number in 0..3 {
+            let page = page(number);
+            let record = RamRecord::Zero { page, fill: 0 };
+            index.record(0, 9, &Record::Ram(record)).unwrap();
+        }
+        let mut change = |number| {
+            let page = page(number);
+            let record = RamRecord::Xbzrle { page, bytes: 3 };
+            index.record(0, 11, &Record::Ram(record)).unwrap();
+            index.payload(11, &[0, 1, 7])
+        };
+        // The same page again is no other page.
+        for number in [0, 1, 0, 1] {
+            change(number).unwrap();
+        }
+        let error = change(2).unwrap_err();
+        assert!(
+            matches!(error, ImageError::TooMuch { max: 2, .. }),
+            "{error}"
+        );
+    }
 }
