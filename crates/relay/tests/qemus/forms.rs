@@ -10,7 +10,7 @@ use vmferry_relay::convert::{to_mapped_ram, to_stream};
 
 use crate::checker::Checker;
 use crate::contents::{assert_same_memory, memory_of};
-use crate::journeys::{goes_on, load};
+use crate::journeys::{goes_on, load, with_more};
 use crate::need;
 use crate::parking::{Way, park};
 use crate::peers::qemu::{Machine, Qemu, Version};
@@ -79,6 +79,30 @@ fn a_mapped_ram_file_goes_to_older_versions() {
         let mut twin = checker.clone();
         let mut fresh = load(need!(twin.host(to)), &plain);
         assert_same_memory("plain", &memory, &memory_of(&mut fresh));
+        goes_on(&twin, &mut fresh);
+    }
+}
+
+/// A device that comes before all memory does so in every form.
+#[test]
+fn memory_that_is_not_plugged_in_goes_into_every_form() {
+    let folder = tempfile::tempdir().unwrap();
+    let [file, plain, mapped] = ["parked.vm", "plain", "mapped"].map(|it| folder.path().join(it));
+    let mut checker = Checker::on("pc-i440fx-10.0");
+    let mut source = with_more(need!(checker.host(Version::V10_0))).start();
+    checker.goes_on(3);
+    park(&mut source, &file, &Way::precopy(true)).0.unwrap();
+    source.migrated();
+    let memory = memory_of(&mut source);
+    drop(source);
+    let image = open(&file);
+    assert!(image.head().early_devices > 0);
+    to_stream(&image, &mut File::create_new(&plain).unwrap(), &mut |_| ()).unwrap();
+    to_mapped_ram(&image, &File::create_new(&mapped).unwrap(), &mut |_| ()).unwrap();
+    for (path, load) in [(&plain, load as fn(_, &_) -> _), (&mapped, load_mapped)] {
+        let mut twin = checker.clone();
+        let mut fresh = load(with_more(need!(twin.host(Version::V10_0))), path.as_path());
+        assert_same_memory("converted", &memory, &memory_of(&mut fresh));
         goes_on(&twin, &mut fresh);
     }
 }

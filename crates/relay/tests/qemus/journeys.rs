@@ -28,11 +28,21 @@ pub(crate) fn goes_on(checker: &Checker, qemu: &mut Qemu) {
 }
 
 fn travels(from: Version, way: &Way) {
+    travels_as(Checker::new(), |host| host, from, &VERSIONS, way);
+}
+
+/// The machine is one with more devices.
+fn travels_as(
+    mut checker: Checker,
+    with: impl Fn(Machine) -> Machine,
+    from: Version,
+    to: &[Version],
+    way: &Way,
+) {
     println!("{from:?} {way:?}");
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("parked.vm");
-    let mut checker = Checker::new();
-    let mut source = need!(checker.host(from)).start();
+    let mut source = with(need!(checker.host(from))).start();
     checker.goes_on(3);
     let (parked, status) = park(&mut source, &file, way);
     let parked = parked.unwrap_or_else(|error| panic!("{from:?} {way:?}: {error}"));
@@ -44,9 +54,9 @@ fn travels(from: Version, way: &Way) {
     source.migrated();
     let memory = memory_of(&mut source);
     drop(source);
-    for to in VERSIONS {
+    for to in to {
         let mut twin = checker.clone();
-        let mut fresh = load(need!(twin.host(to)), &file);
+        let mut fresh = load(with(need!(twin.host(*to))), &file);
         let what = format!("{from:?} to {to:?}, {way:?}");
         assert_same_memory(&what, &memory, &memory_of(&mut fresh));
         goes_on(&twin, &mut fresh);
@@ -66,5 +76,38 @@ fn by_precopy() {
 fn by_postcopy() {
     for from in VERSIONS {
         travels(from, &Way::postcopy(Vec::new()));
+    }
+}
+
+/// A second connection waits at the door, and nothing comes over it, for nothing is asked for.
+#[test]
+fn by_postcopy_with_a_connection_for_what_is_asked_for() {
+    for from in VERSIONS {
+        let way = Way {
+            preempt: true,
+            ..Way::postcopy(Vec::new())
+        };
+        travels(from, &way);
+    }
+}
+
+/// A machine with memory that is not plugged in.
+pub(crate) fn with_more(host: Machine) -> Machine {
+    host.args([
+        "-m",
+        "64,maxmem=1G",
+        "-object",
+        "memory-backend-ram,id=more,size=256M",
+        "-device",
+        "virtio-mem-pci,memdev=more,requested-size=0",
+    ])
+}
+
+/// Such a device has a part that comes before all memory, and memory that never comes.
+#[test]
+fn with_memory_that_is_not_plugged_in() {
+    for way in [Way::precopy(false), Way::postcopy(Vec::new())] {
+        let checker = Checker::on("pc-i440fx-10.0");
+        travels_as(checker, with_more, Version::V10_0, &[Version::V10_0], &way);
     }
 }

@@ -29,6 +29,8 @@ pub(crate) struct Way {
     pub(crate) cuts: Vec<u64>,
     /// After the switch, it is called off.
     pub(crate) stop: bool,
+    /// What is asked for would come over a connection of its own.
+    pub(crate) preempt: bool,
     /// There are answers.
     pub(crate) two_way: bool,
 }
@@ -39,6 +41,7 @@ impl Way {
             postcopy: false,
             cuts: Vec::new(),
             stop: false,
+            preempt: false,
             two_way,
         }
     }
@@ -48,6 +51,7 @@ impl Way {
             postcopy: true,
             cuts,
             stop: false,
+            preempt: false,
             two_way: true,
         }
     }
@@ -97,6 +101,9 @@ pub(crate) fn park(qemu: &mut Qemu, file: &Path, way: &Way) -> (Result<Parked, P
     let published = Published::default();
     capability(qemu, "return-path", way.two_way);
     capability(qemu, "postcopy-ram", way.postcopy);
+    if way.preempt {
+        capability(qemu, "postcopy-preempt", true);
+    }
     let bandwidth = if way.postcopy { SLOW } else { FAST };
     qemu.limits((bandwidth, 300));
     let uri = format!("unix:{}", door.path.display());
