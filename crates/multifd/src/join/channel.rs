@@ -80,7 +80,7 @@ impl Channel {
                 self.junction.synchronise(self.at.channel)?;
             }
         }
-        if self.junction.may_end(self.at.channel)? || self.junction.is_given_up() {
+        if self.junction.may_end(self.at)? || self.junction.is_given_up() {
             return Ok(());
         }
         Err(MultifdError::ChannelEnded { at: self.at })

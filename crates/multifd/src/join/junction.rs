@@ -26,7 +26,7 @@ use rustix::net::Shutdown;
 use vmferry_channel::Writer;
 use vmferry_stream::{Encoder, Name, PageBits, RamPage, RamRecord, Record, Section, SectionKind};
 
-use crate::error::MultifdError;
+use crate::error::{MultifdError, Place};
 
 /// What may be written to the plain stream now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,8 +67,8 @@ pub(crate) struct State {
     pub(crate) blocks: Blocks,
     /// SYNCs of each channel.
     syncs: Vec<u64>,
-    /// Channels that have ended.
-    ended: Vec<bool>,
+    /// Where channels have ended.
+    ended: Vec<Option<Place>>,
     /// SYNCs that the main thread has passed.
     passed: u64,
     /// END of ram has begun.
@@ -98,7 +98,7 @@ impl Junction {
                 page: None,
                 blocks: Blocks::new(),
                 syncs: vec![0; channels],
-                ended: vec![false; channels],
+                ended: vec![None; channels],
                 passed: 0,
                 is_ending: false,
                 failure: None,
@@ -169,9 +169,14 @@ impl Junction {
         self.shut_down(Shutdown::Both);
     }
 
-    /// The main connection is through: so is the plain stream.
+    /// The main connection is through: so is the plain stream. Channels wait for nothing any more, even
+    /// if there was no section of ram.
     pub(crate) fn end(&self) {
-        self.lock().writer = None;
+        let mut state = self.lock();
+        state.writer = None;
+        state.stage = Stage::Over;
+        drop(state);
+        self.changed.notify_all();
         // Our second handle keeps it open.
         if let Some(plain) = self.sockets.first() {
             let _ = rustix::net::shutdown(plain, Shutdown::Write);
@@ -212,7 +217,10 @@ impl Junction {
 
     /// For channels: the size of pages, when the main thread knows it.
     pub(crate) fn page_bits(&self) -> Result<PageBits, MultifdError> {
-        self.wait(|state| state.page.map(Ok))
+        self.wait(|state| match (state.page, state.stage) {
+            (None, Stage::Over) => Some(Err(FAILED)),
+            (page, _) => page.map(Ok),
+        })
     }
 
     /// For channels: put pages into the plain stream as soon as that is possible. False if it never
@@ -243,10 +251,10 @@ impl Junction {
     }
 
     /// For channels: the connection has ended. Whether it may at this place.
-    pub(crate) fn may_end(&self, channel: u8) -> Result<bool, MultifdError> {
+    pub(crate) fn may_end(&self, at: Place) -> Result<bool, MultifdError> {
         self.with(|state| {
-            if let Some(ended) = state.ended.get_mut(usize::from(channel)) {
-                *ended = true;
+            if let Some(ended) = state.ended.get_mut(usize::from(at.channel)) {
+                *ended = Some(at);
             }
             Ok(state.is_ending)
         })
@@ -258,22 +266,19 @@ impl Junction {
     }
 
     /// For the main thread: wait until every channel has delivered one more SYNC, and let them go on.
-    /// `Err(channel)` inside if one has ended before.
-    pub(crate) fn pass_sync(&self) -> Result<Result<(), u8>, MultifdError> {
+    pub(crate) fn pass_sync(&self) -> Result<(), MultifdError> {
         self.wait(|state| {
             let next = state.passed.saturating_add(1);
             let channels = state.syncs.iter().zip(&state.ended);
-            let mut behind = channels
-                .enumerate()
-                .filter(|(_, (syncs, _))| **syncs < next);
-            if let Some((channel, _)) = behind.clone().find(|(_, (_, ended))| **ended) {
-                return Some(Ok(Err(u8::try_from(channel).unwrap_or(u8::MAX))));
+            let mut behind = channels.filter(|(syncs, _)| **syncs < next);
+            if let Some(at) = behind.clone().find_map(|(_, ended)| *ended) {
+                return Some(Err(MultifdError::ChannelEnded { at }));
             }
             if behind.next().is_some() {
                 return None;
             }
             state.passed = next;
-            Some(Ok(Ok(())))
+            Some(Ok(()))
         })
     }
 }

@@ -9,10 +9,9 @@ use vmferry_stream::{
     SectionKind, Step,
 };
 
-use crate::error::{MultifdError, Place, Unsupported, Uuid};
+use crate::error::{MultifdError, Unsupported, Uuid};
 use crate::gather::surplus_channel;
 use crate::join::junction::Junction;
-use crate::packet::HANDSHAKE_BYTES;
 use crate::window::{EARLY_DEVICE_BYTES_MAX, Window};
 
 /// Items that are no pages are held until they are whole, so that channels can write meanwhile; longer
@@ -421,15 +420,7 @@ impl MainChannel {
     /// Wait for the channels. Whatever stands before must be in the plain stream before they go on.
     fn pass_sync(&mut self) -> Result<(), MultifdError> {
         self.write_records()?;
-        self.junction
-            .pass_sync()?
-            .map_err(|channel| MultifdError::ChannelEnded {
-                at: Place {
-                    channel,
-                    packet: 0,
-                    offset: u64::try_from(HANDSHAKE_BYTES).unwrap_or(u64::MAX),
-                },
-            })
+        self.junction.pass_sync()
     }
 
     /// Pass on bytes of an item that is no page.

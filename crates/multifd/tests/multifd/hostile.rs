@@ -140,14 +140,22 @@ fn wrong_packets_are_told_with_their_place() {
 fn pages_that_come_too_late_are_missing_pages() {
     let (listener, stop) = (listener(), stop());
     let mut sockets: Vec<TcpStream> = (0..2).map(|_| dial(&listener)).collect();
-    let main = Main::new().part().end();
-    // The rest of the main connection is still to come.
-    let rest = main.len() - 20;
-    sockets[0].write_all(&main[..rest]).expect("taken");
-    let late = [handshake(0), sync(), sync(), sync(), pages("pc.ram", 0, 1)];
-    sockets[1].write_all(&late.concat()).expect("taken");
+    let mut main = Main::new().part();
+    main.0.begin_ram(SectionKind::End);
+    main.0.end_ram();
+    // The devices are still to come.
+    sockets[0].write_all(&main.0.bytes).expect("taken");
+    let early = [handshake(0), sync(), sync(), sync()];
+    sockets[1].write_all(&early.concat()).expect("taken");
     let options = JoinOptions::new(1, Compression::None);
-    let joined = accept(&listener, &options, &stop).expect("all come");
+    let mut joined = accept(&listener, &options, &stop).expect("all come");
+    if let Channel::TwoWay(reader, _) = &mut joined.channel {
+        let mut all = vec![0; main.0.bytes.len()];
+        let until = Some(Instant::now() + PATIENCE);
+        reader.read_exact_until(&mut all, until).expect("it comes");
+        assert!(all == main.0.bytes);
+    }
+    sockets[1].write_all(&pages("pc.ram", 0, 1)).expect("taken");
     let (_, outcome) = consume(joined);
     let error = outcome.expect_err("a page is missing").to_string();
     let said = "multifd channel 0, packet 3, byte 5440: pages after the end of the ram section";
@@ -513,6 +521,18 @@ fn dropping_it_ends_its_threads() {
     drop(joined.joining);
     assert!(before.elapsed() < PATIENCE);
     drop(channel);
+}
+
+#[test]
+fn a_stream_without_memory_ends_while_channels_synchronise() {
+    let mut rng = seeded();
+    let mut main = Stream::new("none", None, true);
+    main.end();
+    let expected = main.bytes.clone();
+    let channel = [handshake(0), sync(), pages("pc.ram", 0, 1)].concat();
+    let options = JoinOptions::new(1, Compression::None);
+    let (bytes, _) = join(&[main.bytes, channel], &options, &mut rng);
+    assert!(bytes == expected);
 }
 
 /// Captured connections with bytes changed, cut or exchanged.
