@@ -79,8 +79,11 @@ impl NewFile {
             self.name = Some(name);
             return Err(error);
         }
-        // The name is durable when the folder is.
-        File::open(folder(path))?.sync_all()
+        // The name is durable when the folder is. One that may not be read is left to the host.
+        match File::open(folder(path)) {
+            Ok(folder) => folder.sync_all(),
+            Err(_) => Ok(()),
+        }
     }
 }
 

@@ -100,7 +100,7 @@ impl Index {
         }
         let damaged = Unusable::Damaged("its table of contents");
         if header.contents_bytes > CONTENTS_BYTES_MAX {
-            return Err(damaged);
+            return Err(Unusable::Damaged("the length of its table of contents"));
         }
         let end = header.contents_offset.checked_add(header.contents_bytes);
         if end.is_none_or(|end| file.metadata().is_ok_and(|file| file.len() < end)) {
@@ -199,4 +199,43 @@ fn read_chunk(file: &File, nonce: u64, number: u64) -> io::Result<Chunk> {
     let mut bytes = [0; CHUNK_BYTES];
     file.read_exact_at(&mut bytes, chunk_offset(number))?;
     Chunk::decode(&bytes, nonce, number).ok_or_else(|| io::ErrorKind::InvalidData.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::{FileStorage, IndexPlace};
+
+    /// Before anything of that length is allocated.
+    #[test]
+    fn a_table_of_contents_has_a_limit() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("image");
+        std::fs::write(&path, b"").unwrap();
+        let storage = FileStorage::open(&path, 0).unwrap();
+        let mut builder = IndexBuilder::new(&IndexPlace::Beside, &storage).unwrap();
+        let eof = vmferry_stream::Record::Eof;
+        builder.record(0, 1, &eof).unwrap();
+        builder.publish(&storage).unwrap();
+        let path = folder.path().join("image.index");
+        let good = Index::open(&path, &storage).unwrap();
+        let file = File::options().write(true).open(&path).unwrap();
+        file.set_len(1 << 30).unwrap();
+        for (contents_bytes, expected) in [
+            (CONTENTS_BYTES_MAX, "its table of contents is damaged"),
+            (
+                CONTENTS_BYTES_MAX + 1,
+                "the length of its table of contents is damaged",
+            ),
+            (u64::MAX, "the length of its table of contents is damaged"),
+        ] {
+            let header = Header {
+                contents_bytes,
+                ..good.header.clone()
+            };
+            file.write_all_at(&header.encode(), 0).unwrap();
+            let error = Index::open(&path, &storage).unwrap_err();
+            assert_eq!(error.to_string(), expected);
+        }
+    }
 }
