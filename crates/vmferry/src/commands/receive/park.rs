@@ -5,7 +5,8 @@ use std::io::Write;
 use std::path::Path;
 use std::time::Duration;
 
-use vmferry_channel::{Channel, Listener, Stop};
+use serde_json::json;
+use vmferry_channel::{Listener, Stop, Uri};
 use vmferry_migration::Published;
 use vmferry_relay::park::{self, ParkError, Parked, Parker};
 
@@ -54,7 +55,11 @@ fn receive(
             (channel.map_err(|error| parking::failed(error, stop))?, None)
         }
     };
-    let mut reconnect = |why: &ParkError| next_connection(listener?, why, stop, &last);
+    let mut reconnect = |why: &ParkError| {
+        let listener = listener?;
+        (Report { flags }).interrupted(why, listener.local());
+        Some(listener.accept(stop).ok()?.into_channel(&last))
+    };
     let parked = park::receive(channel, parker, &mut reconnect, stop, published);
     match (parked, parking::why_broken(joining)) {
         (Ok(parked), _) => Ok(parked),
@@ -63,24 +68,26 @@ fn receive(
     }
 }
 
-/// The source of a postcopy has lost its connection, and its guest is stopped: it comes again when it is
-/// told to.
-fn next_connection(
-    listener: &Listener,
-    why: &ParkError,
-    stop: &Stop,
-    last: &Stop,
-) -> Option<Channel> {
-    let address = listener.local();
-    output::say(&format!(
-        "the connection broke in the middle of a postcopy: {why}; waiting for the source at {address} \
-         (QMP migrate with resume)"
-    ));
-    let socket = listener.accept(stop).ok()?;
-    Some(socket.into_channel(last))
-}
-
 impl Report<'_> {
+    /// The source of a postcopy has lost its connection, and its guest is stopped: it comes again when
+    /// it is told to.
+    fn interrupted(&self, why: &ParkError, address: &Uri) {
+        if self.flags.json {
+            let object = json!({
+                "event": "interrupted",
+                "error": why.to_string(),
+                "address": address.to_string(),
+            });
+            if self.object(&object).is_ok() {
+                return;
+            }
+        }
+        output::say(&format!(
+            "the connection broke in the middle of a postcopy: {why}; waiting for the source at \
+             {address} (QMP migrate with resume)"
+        ));
+    }
+
     fn parked(&self, path: &Path, parked: &Parked, elapsed: Duration) -> std::io::Result<()> {
         if self.flags.json {
             let mut object = parking::object(path, parked, elapsed);

@@ -144,9 +144,7 @@ fn precise(time: Duration) -> String {
 impl Outcome {
     /// Tell it; a success, or the failure.
     pub(super) fn tell(self, flags: &SendFlags, figures: &Figures) -> Result<Exit, Failure> {
-        let Self::Completed(guest) = self else {
-            return Err(self.failure(flags));
-        };
+        let guest = self.into_result(flags.vm.is_some())?;
         if flags.json {
             render::write_json(&mut flags.out(), &figures.object())?;
         } else {
@@ -155,9 +153,10 @@ impl Outcome {
         Ok(Exit::Whole)
     }
 
-    fn failure(self, flags: &SendFlags) -> Failure {
-        match self {
-            Self::Completed(_) => Failure::new(Exit::Failed, "it completed"),
+    /// The guest that has arrived. `sets_up` if the destination is set up by this command.
+    fn into_result(self, sets_up: bool) -> Result<Guest, Failure> {
+        Err(match self {
+            Self::Completed(guest) => return Ok(guest),
             Self::Cancelled => Failure::new(Exit::Cancelled, "cancelled; the guest runs nowhere")
                 .hint("the parked machine is as it was; its destination is to be started anew"),
             Self::Failed(why) => {
@@ -170,22 +169,122 @@ impl Outcome {
                 format!("nobody knows whether the machine arrived: {why}"),
             )
             .hint("look at the destination before it is started anywhere else"),
-            Self::Interrupted(why) => {
-                let message = format!("the connection broke, and the guest waits for its memory: {why}");
-                let failure = Failure::new(Exit::Failed, message);
-                match flags.vm {
-                    Some(_) => failure.hint("the same command with --resume lets it go on"),
-                    None => failure.hint(
-                        "QMP migrate-recover at the destination, then the same command with --resume \
-                         and the new address let it go on",
-                    ),
+            Self::Interrupted(why) => Failure::new(
+                Exit::Failed,
+                format!("the connection broke, and the guest waits for its memory: {why}"),
+            )
+            .hint(match sets_up {
+                true => "the same command with --resume lets it go on",
+                false => {
+                    "QMP migrate-recover at the destination, then the same command with --resume and \
+                     the new address let it go on"
                 }
-            }
+            }),
             Self::Lost(why) => Failure::new(
                 Exit::Failed,
                 format!("the destination is gone, and the guest with it: {why}"),
             )
             .hint("the parked machine is as it was: what the guest has done since is lost"),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_source_that_is_over_has_one_end() {
+        let with = |state, error: Option<&str>| Status {
+            state,
+            error: error.map(str::to_owned),
+            ..Status::default()
+        };
+        for (status, end) in [
+            (with(State::Setup, None), None),
+            (with(State::Active, None), None),
+            (with(State::Device, None), None),
+            (with(State::PostcopyActive, None), None),
+            (with(State::PostcopyRecover, None), None),
+            (with(State::Cancelling, None), None),
+            (with(State::Completed, None), Some(End::Completed)),
+            (with(State::Cancelled, None), Some(End::Cancelled)),
+            (
+                with(State::Failed, Some("cut")),
+                Some(End::Failed("cut".to_owned())),
+            ),
+            (
+                with(State::PostcopyPaused, Some("cut")),
+                Some(End::Interrupted("cut".to_owned())),
+            ),
+            (
+                Status {
+                    undecided: true,
+                    ..with(State::Device, Some("silence"))
+                },
+                Some(End::Undecided("silence".to_owned())),
+            ),
+        ] {
+            assert_eq!(End::of(&status), end, "{status:?}");
         }
+    }
+
+    #[test]
+    fn each_outcome_has_its_exit_status_and_says_what_can_be_done() {
+        let why = || "cut".to_owned();
+        for (outcome, exit, words) in [
+            (Outcome::Cancelled, Exit::Cancelled, "started anew"),
+            (Outcome::Failed(why()), Exit::Failed, "try again"),
+            (Outcome::Undecided(why()), Exit::Undecided, "look at"),
+            (Outcome::Interrupted(why()), Exit::Failed, "--resume"),
+            (Outcome::Lost(why()), Exit::Failed, "is lost"),
+        ] {
+            for sets_up in [true, false] {
+                let failure = outcome.clone().into_result(sets_up).unwrap_err();
+                assert_eq!(failure.exit, exit, "{outcome:?}");
+                assert!(failure.to_string().contains(words), "{failure}");
+                let recovers = failure.to_string().contains("migrate-recover");
+                let is_paused = matches!(outcome, Outcome::Interrupted(_));
+                assert_eq!(recovers, is_paused && !sets_up, "{failure}");
+            }
+        }
+        let runs = Outcome::Completed(Guest::Runs).into_result(true);
+        assert_eq!(runs.unwrap(), Guest::Runs);
+    }
+
+    #[test]
+    fn the_figures_say_how_soon_the_guest_ran() {
+        let figures = Figures {
+            total_bytes: 1 << 30,
+            sent_bytes: 256 << 20,
+            elapsed: Duration::from_millis(900),
+            runs_after: Some(Duration::from_micros(3250)),
+            durable: Some(false),
+            ram: RamStatus {
+                postcopy_requests: 94,
+                ..RamStatus::default()
+            },
+            learnt: Some(true),
+        };
+        assert_eq!(
+            figures.line(Guest::Runs),
+            "1.00 GiB of memory and disks, 256 MiB sent in 900 ms, 94 requests of the guest; the \
+             guest runs, since 3.3 ms after connecting"
+        );
+        let object = figures.object();
+        assert_eq!(object["running-us"], 3250);
+        assert_eq!(object["ram"]["postcopy-requests"], 94);
+        assert_eq!(object["learnt"], true);
+        let one_way = Figures {
+            durable: None,
+            runs_after: None,
+            ram: RamStatus::default(),
+            ..figures
+        };
+        let line = one_way.line(Guest::Unknown);
+        assert!(
+            line.ends_with("one-way: nobody confirms that it arrived"),
+            "{line}"
+        );
     }
 }

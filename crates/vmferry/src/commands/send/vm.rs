@@ -105,10 +105,14 @@ impl Vm {
 
     /// Is it gone?
     pub(super) fn is_gone(&mut self) -> bool {
-        if self.lost.is_none() {
-            self.look(REASON_PATIENCE);
+        let deadline = Instant::now() + REASON_PATIENCE;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if self.lost.is_some() || left.is_zero() {
+                return self.lost.is_some();
+            }
+            self.look(left);
         }
-        self.lost.is_some()
     }
 
     /// The machine should be there.
