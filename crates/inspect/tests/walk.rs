@@ -1,11 +1,11 @@
 //! Real streams, walked through to their last byte.
 
 use std::fs;
-use std::io::Read;
+use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
-use vmferry_inspect::{Event, Found, VisitError, Visitor, walk};
-use vmferry_stream::Section;
+use vmferry_inspect::{Event, Found, VisitError, Visitor, walk, walk_skipping};
+use vmferry_stream::{Record, Section};
 use vmferry_vmstate::VmDescription;
 
 fn captures() -> Vec<(String, PathBuf)> {
@@ -105,6 +105,85 @@ fn every_capture_to_its_last_byte() {
         );
     }
     println!("{devices} devices");
+}
+
+/// A file that says when somebody seeks behind its end.
+struct Seekable<'a> {
+    bytes: &'a [u8],
+    at: usize,
+    read: usize,
+}
+
+impl Read for Seekable<'_> {
+    fn read(&mut self, out: &mut [u8]) -> std::io::Result<usize> {
+        let read = (&self.bytes[self.at..]).read(out)?;
+        self.at += read;
+        self.read += read;
+        Ok(read)
+    }
+}
+
+impl Seek for Seekable<'_> {
+    fn seek(&mut self, to: SeekFrom) -> std::io::Result<u64> {
+        let SeekFrom::Current(by) = to else {
+            panic!("{to:?}");
+        };
+        let to = self.at.checked_add_signed(isize::try_from(by).unwrap());
+        let to = to.filter(|to| *to <= self.bytes.len());
+        self.at = to.ok_or(std::io::ErrorKind::UnexpectedEof)?;
+        Ok(self.at as u64)
+    }
+}
+
+/// Records with their places, and bytes of payload.
+#[derive(Debug, Default, PartialEq)]
+struct Records(Vec<(u64, Record)>, u64);
+
+impl Visitor for Records {
+    fn event(&mut self, event: Event<'_>) -> Result<(), VisitError> {
+        match event {
+            Event::Record(offset, record) => self.0.push((offset, record.clone())),
+            Event::Payload(_, bytes) => self.1 += bytes.len() as u64,
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+/// All that is told is the same, but for what a mapped-ram file has between its records.
+#[test]
+fn what_is_stepped_over_is_not_read() {
+    for (name, path) in captures() {
+        let stream = unpack(&path);
+        let is_mapped = name.starts_with("mapped-ram");
+        let mut all = Records::default();
+        let finish = walk(&stream[..], &mut all).unwrap();
+        // Wherever it begins; a mapped-ram file says where that is.
+        let start = if is_mapped { 0 } else { 12_345 };
+        let mut told = Records::default();
+        let mut file = Seekable {
+            bytes: &stream,
+            at: 0,
+            read: 0,
+        };
+        let skipped = walk_skipping(&mut file, start, &mut told).unwrap();
+        let moved = all.0.into_iter().map(|(at, record)| (at + start, record));
+        assert!(told.0.into_iter().eq(moved), "{name}");
+        assert_eq!(skipped.bytes, finish.bytes + start, "{name}");
+        assert_eq!(skipped.ending, finish.ending, "{name}");
+        assert_eq!(told.1 == all.1, !is_mapped, "{name}");
+        if is_mapped {
+            assert!(file.read < stream.len() / 2, "{name}: {} bytes", file.read);
+            // Cut inside of what is stepped over.
+            let cut = Seekable {
+                bytes: &stream[..stream.len() / 2],
+                at: 0,
+                read: 0,
+            };
+            let error = walk_skipping(cut, 0, &mut Records::default()).unwrap_err();
+            assert!(error.to_string().contains("truncated"), "{error}");
+        }
+    }
 }
 
 /// Found by the fuzzer: an EOF inside a package ends the package, as RUN does.
