@@ -110,7 +110,7 @@ impl Stored {
     }
 
     /// Write the pages of a run. Those that were not stored are left out, or are zeroes if the
-    /// destination has `emptied` its memory.
+    /// destination has `emptied` its memory: it would wait for them.
     pub(super) fn send(
         &mut self,
         block: &BlockLayout,

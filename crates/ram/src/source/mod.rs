@@ -38,7 +38,7 @@ pub use throttle::{Throttle, ThrottleParameters};
 use crate::block::{BlockIndex, BlockLayout, OutOfBlock, PAGE_BYTES, RamBlock};
 use crate::dirty_log::{DirtyLog, DirtyLogError};
 use crate::guest::GuestRam;
-use crate::stored::StoredRam;
+use crate::stored::{StoredRam, StoredRange};
 use crate::userfault::UserfaultError;
 use crate::xbzrle_cache::XbzrleCache;
 use memory::{Live, Memory, Stored};
@@ -58,6 +58,12 @@ const PART_BYTES_MAX: u64 = 4 << 20;
 /// A PART is also ended after this many pages: zeroes are short, and what did not change is not sent
 /// at all.
 const PART_PAGES_MAX: u64 = 1 << 16;
+
+/// Bytes of a working set that are sent before the guest runs, at most; the rest goes first behind that.
+const HEAD_BYTES_MAX: u64 = 4 << 20;
+
+/// Time for that: a cold disk may need long for it.
+const HEAD_TIME_MAX: Duration = Duration::from_millis(10);
 
 /// Passes that begin in one PART.
 const PART_PASSES_MAX: u32 = 1;
@@ -151,6 +157,8 @@ pub struct RamSource {
     shared: Arc<Shared>,
     /// The guest runs, or is about to run, at the destination.
     is_postcopy: bool,
+    /// Bytes of a working set that go before the guest runs.
+    head_bytes: u64,
     snapshot: Option<Snapshot>,
     /// The log failed where that could not be said.
     failure: Option<RamSourceError>,
@@ -207,6 +215,7 @@ impl RamSource {
             watch: Watch::new(Instant::now()),
             clock: Box::new(Instant::now),
             is_postcopy: false,
+            head_bytes: 0,
             snapshot: None,
             failure: None,
         })
@@ -254,6 +263,15 @@ impl RamSource {
         }
         self.watch = Watch::new((self.clock)());
         self.is_postcopy = false;
+        self.head_bytes = 0;
+        if let Memory::Stored(stored) = &self.memory
+            && self.options.postcopy
+        {
+            let working_set = stored.ram.working_set();
+            let bytes = working_set.iter().map(StoredRange::bytes);
+            self.head_bytes = bytes.fold(0, u64::saturating_add).min(HEAD_BYTES_MAX);
+            self.schedule.prefer(working_set);
+        }
         self.failure = None;
         let names = self.listed.iter().map(|block| block.idstr.clone());
         self.shared.begin(names.zip(pages));
@@ -310,7 +328,7 @@ impl RamSource {
                 None => Ok(()),
             },
             Memory::Stored(stored) => match self.listed.get(run.block.0) {
-                Some(block) => stored.send(block, run, self.is_postcopy, writer, stats, sink),
+                Some(block) => stored.send(block, run, self.options.postcopy, writer, stats, sink),
                 None => Ok(()),
             },
         }
@@ -396,6 +414,22 @@ impl RamSource {
         stats.remaining_bytes.store(left * PAGE_BYTES, Relaxed);
     }
 
+    /// Write the first pages of the working set: nobody has to wait for them then.
+    fn iterate_head(&mut self, sink: &mut dyn Sink) -> Result<Progress, HandlerError> {
+        let deadline = (self.clock)() + HEAD_TIME_MAX;
+        while self.head_bytes > 0
+            && (self.clock)() < deadline
+            && let Some(run) = self.schedule.next_preferred(RUN_PAGES)
+        {
+            self.send(&run, sink)?;
+            let bytes = (run.pages.end - run.pages.start) * PAGE_BYTES;
+            self.head_bytes = self.head_bytes.saturating_sub(bytes);
+        }
+        self.head_bytes = 0;
+        self.end_of_section(sink)?;
+        Ok(Progress::Finished)
+    }
+
     /// Write the body of a PART while everything is still here.
     fn iterate_precopy(&mut self, sink: &mut dyn Sink) -> Result<Progress, HandlerError> {
         // Under a rate limit no more than this time slice allows, so that commands are heard.
@@ -456,6 +490,13 @@ impl RamSource {
                 read_time: Duration::ZERO,
             };
         }
+        if self.head_bytes > 0 {
+            return Pending::Dirty {
+                bytes: self.head_bytes,
+                later_bytes: left_bytes.saturating_sub(self.head_bytes),
+                read_time: Duration::ZERO,
+            };
+        }
         if !self.schedule.is_bulk() {
             self.look_again();
         }
@@ -494,6 +535,7 @@ impl SaveHandler for RamSource {
         }
         match self.is_postcopy {
             true => self.iterate_postcopy(sink),
+            false if self.head_bytes > 0 => self.iterate_head(sink),
             false => self.iterate_precopy(sink),
         }
     }

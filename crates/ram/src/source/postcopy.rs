@@ -4,7 +4,6 @@ use vmferry_savevm::{HandlerError, PostcopyHandler, Progress, Sink, TellDiscard}
 use vmferry_stream::DiscardRange;
 
 use super::RamSource;
-use super::memory::Memory;
 use crate::block::{BlockIndex, BlockLayout, PAGE_BYTES};
 
 /// Pages that are taken, and read, at once: a request waits for them.
@@ -123,10 +122,8 @@ impl RamSource {
     /// From here on each page leaves once, and whole.
     pub(super) fn enter_postcopy(&mut self) {
         self.schedule.send_once();
-        if let Memory::Stored(stored) = &self.memory {
-            self.schedule.prefer(stored.ram.working_set());
-        }
         self.is_postcopy = true;
+        self.head_bytes = 0;
         self.writer.forget_pages();
         self.writer.forget_block();
     }

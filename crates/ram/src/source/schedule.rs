@@ -111,7 +111,7 @@ impl Schedule {
             Phase::Once => {
                 let asked = self.next_requested(pages_max);
                 asked
-                    .or_else(|| self.next_preferred(pages_max))
+                    .or_else(|| self.take_preferred(pages_max))
                     .or_else(|| self.sweep(pages_max))
                     .or_else(|| {
                         self.cursor = (0, 0);
@@ -142,6 +142,13 @@ impl Schedule {
         let left = block.and_then(|block| block.to_send.next_set(request.pages.start));
         let is_left = left.is_some_and(|page| page < request.pages.end);
         self.request = is_left.then_some(request);
+    }
+
+    /// The next preferred pages, in whole host pages, in whatever phase.
+    pub(crate) fn next_preferred(&mut self, pages_max: u64) -> Option<Run> {
+        let run = self.take_preferred(pages_max)?;
+        self.left -= run.pages.end - run.pages.start;
+        Some(run)
     }
 
     /// In postcopy these pages go before the sweep, in this order, as far as they were not sent.
@@ -250,7 +257,7 @@ impl Schedule {
         }
     }
 
-    fn next_preferred(&mut self, pages_max: u64) -> Option<Run> {
+    fn take_preferred(&mut self, pages_max: u64) -> Option<Run> {
         while let Some(run) = self.preferred.front_mut() {
             let Range { start, end } = run.pages;
             let block = self.blocks.get(run.block.0);

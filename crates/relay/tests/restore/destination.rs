@@ -28,6 +28,8 @@ pub(crate) struct Arrived {
     pub(crate) requests: usize,
     /// Pages, in the order in which they came: block and offset.
     pub(crate) pages: Vec<(String, u64)>,
+    /// How many of them came before the guest could run.
+    pub(crate) early: usize,
 }
 
 impl Destination {
@@ -73,6 +75,7 @@ fn answer(mut socket: UnixStream, mut rng: Option<Rng>) -> Arrived {
                         say(&mut socket, &ReturnMessage::Pong(value))
                     }
                     Record::Command(Command::Packaged { bytes }) => {
+                        arrived.early = arrived.pages.len();
                         decoder.step(&[]).expect("its length");
                         used += bytes as usize;
                         fill(&mut socket, &mut arrived.stream, used);

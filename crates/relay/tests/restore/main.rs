@@ -21,7 +21,7 @@ use vmferry_relay::restore::{self, RestoreError, RestoreOptions};
 use vmferry_stream::{Encoder, InstanceId, Name, Record, Section, SectionId, SectionKind};
 
 use contents::{Contents, capture, captures, read};
-use destination::Destination;
+use destination::{Arrived, Destination};
 
 /// Only ever waited out by a test that fails.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -197,7 +197,11 @@ fn every_machine_by_postcopy() {
         let source = start(&image, true, here);
         assert_eq!(end_of(&source).state, State::Completed);
         drop(source);
-        let first = destination.end().pages;
+        let Arrived {
+            pages: first,
+            early,
+            ..
+        } = destination.end();
         let blocks = &image.head().blocks;
         let wanted = order.iter().flat_map(|range| {
             let name = &blocks[range.block.0].name;
@@ -206,6 +210,11 @@ fn every_machine_by_postcopy() {
         });
         let wanted: Vec<_> = wanted.collect();
         assert!(first.starts_with(&wanted), "{name}");
+        // Nobody has to wait for what there was time for.
+        assert!(
+            arrived.early == 0 && early > 0 && early <= wanted.len(),
+            "{name}: {early}"
+        );
     }
 }
 
