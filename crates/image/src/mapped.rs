@@ -105,11 +105,12 @@ impl Mapped {
         };
         let mut found = StoredPages::default();
         let count = into.len().checked_div(PAGE).unwrap_or(0);
+        let mut bitmap = None;
         // The pages before this one are done; `start` is where the run begins that it may belong to.
         let (mut start, mut step) = (0_usize, 0_usize);
         while step <= count {
             let number = first_page.saturating_add(u64::try_from(step).unwrap_or(u64::MAX));
-            let is_there = step < count && self.has(storage, block, number)?;
+            let is_there = step < count && self.has(storage, block, number, &mut bitmap)?;
             if !is_there {
                 let from = first_page.saturating_add(u64::try_from(start).unwrap_or(u64::MAX));
                 let offset = from
@@ -135,12 +136,23 @@ impl Mapped {
         Ok(found)
     }
 
-    /// Is the page in the file?
-    fn has(&self, storage: &dyn Storage, block: usize, page: u64) -> Result<bool, ImageError> {
-        let piece = self.piece(storage, block, page / PIECE_PAGES)?;
+    /// Is the page in the file? `last` is the piece of the bitmap that was used last.
+    fn has(
+        &self,
+        storage: &dyn Storage,
+        block: usize,
+        page: u64,
+        last: &mut Option<(u64, Arc<[u8]>)>,
+    ) -> Result<bool, ImageError> {
+        let number = page / PIECE_PAGES;
+        let piece = match last {
+            Some((of, piece)) if *of == number => Arc::clone(piece),
+            _ => self.piece(storage, block, number)?,
+        };
         let bit = page % PIECE_PAGES;
         let byte = usize::try_from(bit / 8).unwrap_or(usize::MAX);
         let byte = piece.get(byte).copied().unwrap_or(0);
+        *last = Some((number, piece));
         Ok(byte & 1 << (bit % 8) != 0)
     }
 
