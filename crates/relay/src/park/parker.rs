@@ -6,7 +6,7 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::path::PathBuf;
 
-use vmferry_image::{FileStorage, IndexBuilder, IndexPlace};
+use vmferry_image::{FileStorage, ImageError, IndexBuilder, IndexPlace};
 use vmferry_inspect::limits::HELD_BYTES_MAX;
 use vmferry_inspect::{BodyEnd, find_body_end};
 use vmferry_stream::limits::MAX_HEADER_BYTES;
@@ -87,6 +87,8 @@ pub struct Parked {
     pub was_postcopy: bool,
     /// The source was told; if not, it may take its guest back, or wait for ever.
     pub source_told: bool,
+    /// Why there is no index although one was wanted. It can be made later.
+    pub without_index: Option<ImageError>,
 }
 
 /// Writes what comes as a complete precopy stream into a file, and its index. Knows no sockets: bytes
@@ -192,7 +194,7 @@ impl Parker {
             let builder = IndexBuilder::new(&place, &storage)?;
             Ok::<_, ParkError>((builder, storage))
         };
-        let index = Indexer(options.index.map(builder).transpose()?);
+        let index = Indexer::new(options.index.map(builder).transpose()?);
         Ok(Self {
             output: Output::new(file),
             index,
@@ -221,7 +223,7 @@ impl Parker {
     /// The next bytes of the stream. What is behind its end is ignored.
     ///
     /// # Errors
-    /// The stream is broken or cannot be parked, or file or index cannot be written. Nothing can be
+    /// The stream is broken or cannot be parked, or the file cannot be written. Nothing can be
     /// pushed then, except after [`Parker::interrupted`].
     pub fn push(&mut self, bytes: &[u8]) -> Result<(), ParkError> {
         if self.failed {
@@ -367,10 +369,11 @@ impl Parker {
         Ok(())
     }
 
-    /// All of it is there: file and index are on stable storage when this returns.
+    /// All of it is there: file and index are on stable storage when this returns. Where the index cannot
+    /// be written there is none.
     ///
     /// # Errors
-    /// It is not all there, its devices are broken, or file or index cannot be written.
+    /// It is not all there, its devices are broken, or the file cannot be written.
     pub fn finish(mut self) -> Result<Parked, ParkError> {
         let ending = self.end_of_input()?;
         let footers = self.decoder.footers() != Some(false);
@@ -391,9 +394,7 @@ impl Parker {
         }
         file.sync_all().map_err(file_error)?;
         let file = self.output.into_file();
-        if let Some((builder, storage)) = self.index.0 {
-            builder.publish(&storage)?;
-        }
+        let without_index = self.index.publish();
         Ok(Parked {
             file,
             bytes: length,
@@ -401,6 +402,7 @@ impl Parker {
             ending,
             was_postcopy: matches!(self.state, State::Over),
             source_told: false,
+            without_index,
         })
     }
 
@@ -573,6 +575,7 @@ impl Parker {
         let pings = package.pings.iter().map(|value| ParkEvent::Ping(*value));
         self.events.extend(pings);
         self.state = State::Postcopy(package);
+        self.index.be_late();
         Ok(())
     }
 

@@ -201,8 +201,10 @@ impl Receiver<'_> {
                 Ok(0) => return self.parker.end_of_input().map(drop),
                 Ok(length) => {
                     heard_at = now;
-                    self.parker.push(&self.buffer[..length])?;
-                    self.answer()?;
+                    let pushed = self.parker.push(&self.buffer[..length]);
+                    // What came before a failure counts: the source may listen since then.
+                    let answered = self.answer();
+                    pushed.and(answered)?;
                     if self.parker.is_over() {
                         return Ok(());
                     }

@@ -107,7 +107,7 @@ impl Guessed {
 
     /// Does the description say the same?
     pub(super) fn check(&self, file: &File, length: u64, footers: bool) -> Result<(), WalkError> {
-        let bodies = read_tail(file, self.start, length, footers, &mut Indexer(None))?;
+        let bodies = read_tail(file, self.start, length, footers, &mut Indexer::none())?;
         if bodies == self.bodies {
             return Ok(());
         }

@@ -187,6 +187,32 @@ fn a_source_without_a_description_ends_by_closing() {
     });
 }
 
+/// A file that takes nothing: the guest stays where it is.
+#[test]
+fn a_full_disk_is_told() {
+    let stream = capture("return-path-100.fwd");
+    let (mut source, destination) = pair();
+    let (published, stop) = (Published::default(), Stop::new().unwrap());
+    let file = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/full")
+        .unwrap();
+    let parker = Parker::new(file, ParkOptions::default()).unwrap();
+    let error = thread::scope(|scope| {
+        let receiver =
+            scope.spawn(|| receive(destination, parker, &mut no_other, &stop, &published));
+        // It may be gone before all of it was taken.
+        let _ = source.writer.write_all(&stream);
+        receiver.join().unwrap().unwrap_err()
+    });
+    assert!(matches!(error, ParkError::File { .. }), "{error}");
+    assert!(error.to_string().contains("byte "), "{error}");
+    let last = std::iter::from_fn(|| source.hear().map(|(message, _)| message))
+        .find(|message| matches!(message, ReturnMessage::Shut(_)));
+    assert_eq!(last, Some(ReturnMessage::Shut(1)));
+}
+
 /// Before the package the guest is at the source, which hears that it stays there.
 #[test]
 fn a_failure_before_the_package_is_told() {

@@ -131,3 +131,29 @@ fn what_is_not_whole_has_no_index() {
         .collect();
     assert_eq!(names, ["parked.vm"]);
 }
+
+/// A machine is worth more than its index.
+#[test]
+fn a_machine_is_parked_without_an_index_where_that_cannot_be_written() {
+    let stream = capture("postcopy-100.fwd");
+    let folder = tempfile::tempdir().unwrap();
+    let [path, index] = ["parked.vm", "there/index"].map(|name| folder.path().join(name));
+    std::fs::create_dir(index.parent().unwrap()).unwrap();
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(&path)
+        .unwrap();
+    let place = Some((path.clone(), IndexPlace::At(index.clone())));
+    let mut parker = Parker::new(file, ParkOptions { index: place }).unwrap();
+    parker.push(&stream).unwrap();
+    std::fs::remove_dir_all(index.parent().unwrap()).unwrap();
+    let parked = parker.finish().unwrap();
+    let why = parked.without_index.expect("a reason").to_string();
+    assert!(why.contains("there/index"), "{why}");
+    let (expected, ..) = read(&stream).unwrap();
+    let storage: Arc<dyn Storage> = Arc::new(FileStorage::open(&path, 0).unwrap());
+    let image = Image::open(storage, &IndexPlace::Beside, &mut |_| ()).unwrap();
+    check("without an index", &image, &expected);
+}
