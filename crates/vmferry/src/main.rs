@@ -17,13 +17,15 @@ use std::io::{self, IsTerminal};
 use std::process::ExitCode;
 
 use clap::Parser;
+use tracing::level_filters::LevelFilter;
+use tracing_subscriber::EnvFilter;
 
 use exit::{Exit, Failure};
 use flags::{Cli, Command, LogFlags};
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    log_to_stderr(cli.log);
+    log_to_stderr(cli.log, &cli.command);
     let json_out = cli.command.json_out();
     match run(cli) {
         Ok(exit) => exit.into(),
@@ -61,12 +63,25 @@ fn run(cli: Cli) -> Result<Exit, Failure> {
     }
 }
 
+/// What a command that carries a machine itself says in its own words.
+const SAID_OTHERWISE: &str = "vmferry_migration::postcopy=error,vmferry_relay::park=error";
+
+fn filter(flags: LogFlags, command: &Command) -> EnvFilter {
+    let level = flags.filter();
+    match command {
+        Command::Send(_) | Command::Receive(_) if level == LevelFilter::WARN => {
+            EnvFilter::new(format!("{level},{SAID_OTHERWISE}"))
+        }
+        _ => EnvFilter::new(level.to_string()),
+    }
+}
+
 /// The journal and a person at a terminal know what time it is; a file does not.
-fn log_to_stderr(flags: LogFlags) {
+fn log_to_stderr(flags: LogFlags, command: &Command) {
     let to_terminal = io::stderr().is_terminal();
     let timed = !to_terminal && std::env::var_os("JOURNAL_STREAM").is_none();
     let log = tracing_subscriber::fmt()
-        .with_max_level(flags.filter())
+        .with_env_filter(filter(flags, command))
         .with_writer(io::stderr)
         .with_ansi(to_terminal)
         .with_target(false);

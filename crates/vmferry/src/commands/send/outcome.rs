@@ -171,7 +171,7 @@ impl Outcome {
             .hint("look at the destination before it is started anywhere else"),
             Self::Interrupted(why) => Failure::new(
                 Exit::Failed,
-                format!("the connection broke, and the guest waits for its memory: {why}"),
+                format!("interrupted, and the guest at the destination waits for its memory: {why}"),
             )
             .hint(match sets_up {
                 true => "the same command with --resume lets it go on",
@@ -269,7 +269,7 @@ mod tests {
         assert_eq!(
             figures.line(Guest::Runs),
             "1.00 GiB of memory and disks, 256 MiB sent in 900 ms, 94 requests of the guest; the \
-             guest runs, since 3.3 ms after connecting"
+             guest runs, since 3.2 ms after connecting"
         );
         let object = figures.object();
         assert_eq!(object["running-us"], 3250);
