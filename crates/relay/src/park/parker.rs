@@ -68,7 +68,7 @@ pub struct Parking {
     pub missing_pages: u64,
     /// Bytes of a page.
     pub page_bytes: u64,
-    /// The package of a postcopy is here.
+    /// The package of a postcopy has come: its source does not take the guest back by itself.
     pub is_postcopy: bool,
 }
 
@@ -118,6 +118,8 @@ pub struct Parker {
     /// Block of the discarded ranges that follow.
     discard: Option<Name>,
     advised: bool,
+    /// A package has come, perhaps one that is of no use.
+    packaged: bool,
     resuming: bool,
     /// Offset in the file behind the last record that is whole.
     whole: u64,
@@ -212,6 +214,7 @@ impl Parker {
             guessed: None,
             discard: None,
             advised: false,
+            packaged: false,
             resuming: false,
             whole: 0,
             events: VecDeque::new(),
@@ -322,7 +325,7 @@ impl Parker {
             memory_bytes: self.memory.total_bytes,
             missing_pages: self.memory.missing_pages,
             page_bytes: self.memory.page_bytes(),
-            is_postcopy: !matches!(self.state, State::Precopy),
+            is_postcopy: self.packaged,
             ..self.figures
         }
     }
@@ -566,6 +569,7 @@ impl Parker {
     }
 
     fn package(&mut self, offset: u64, bytes: Vec<u8>) -> Result<(), ParkError> {
+        self.packaged = true;
         let Some(footers) = self.decoder.footers() else {
             return Err(self.refused("a postcopy without memory"));
         };

@@ -296,6 +296,60 @@ fn a_stop_behind_the_package_says_what_it_means() {
     assert!(told, "{error:?}");
 }
 
+/// A package that is of no use: the source is in its postcopy already, and must be let send the rest.
+#[test]
+fn a_package_of_no_use_is_told_and_the_rest_is_thrown_away() {
+    let stream = capture("postcopy-100.fwd");
+    let start = package_start(&stream);
+    let too_long = [0x01, 0, 0, 1];
+    for spoilt in [
+        [&stream[start + 5..][..4], &[9]].concat(),
+        too_long.to_vec(),
+    ] {
+        let mut stream = stream.clone();
+        // Its length, or its first byte.
+        stream[start + 5..][..spoilt.len()].copy_from_slice(&spoilt);
+        let (mut source, destination) = pair();
+        let (published, stop) = (Published::default(), Stop::new().unwrap());
+        let error = thread::scope(|scope| {
+            let receiver = scope.spawn(|| receiving(destination, &published, &stop, no_other));
+            source.send(&stream);
+            let last = std::iter::from_fn(|| source.hear())
+                .find(|(message, _)| matches!(message, ReturnMessage::Shut(_)));
+            assert_eq!(last, Some((ReturnMessage::Shut(1), Vec::new())));
+            source.send(&[0x55; 1 << 20]);
+            source.writer.shutdown().unwrap();
+            receiver.join().unwrap().unwrap_err()
+        });
+        let told = matches!(
+            error,
+            ParkError::HalfHere {
+                source_told: true,
+                ..
+            }
+        );
+        assert!(told, "{error}");
+    }
+}
+
+/// Nobody has to wait for ever for who says nothing.
+#[test]
+fn patience_has_an_end() {
+    if std::env::var_os("VMFERRY_LONG").is_none_or(|value| value != "1") {
+        println!("left out: takes 20 s (VMFERRY_LONG=1)");
+        return;
+    }
+    for (stream, is_whole) in [(capture("no-vmdesc-100"), true), (b"QEVM".to_vec(), false)] {
+        let (mut source, destination) = pair();
+        let (published, stop) = (Published::default(), Stop::new().unwrap());
+        thread::scope(|scope| {
+            let receiver = scope.spawn(|| receiving(destination, &published, &stop, no_other));
+            source.send(&stream);
+            assert_eq!(receiver.join().unwrap().is_ok(), is_whole);
+        });
+    }
+}
+
 #[test]
 fn a_broken_postcopy_waits_for_the_next_connection() {
     let stream = capture("postcopy-100.fwd");

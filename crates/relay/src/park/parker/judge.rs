@@ -211,6 +211,7 @@ impl Parker {
             }
             Command::Packaged { bytes } if self.advised && !is_postcopy => {
                 if usize::try_from(*bytes).is_ok_and(|bytes| bytes > HELD_BYTES_MAX) {
+                    self.packaged = true;
                     return Err(self.refused("the postcopy's package is longer than can be held"));
                 }
                 self.payload = Payload::Package {
