@@ -1,6 +1,7 @@
 //! Where devices end, in streams that make it hard to tell.
 
-use vmferry_inspect::{DeviceState, Found, Report};
+use vmferry_inspect::{BodyEnd, DeviceState, Found, Report, find_body_end};
+use vmferry_stream::{Decoder, Options, Record, Section, Step};
 
 const HEADER: &[u8] = b"QEVM\0\0\0\x03\x07\0\0\0\x02pc";
 
@@ -98,4 +99,61 @@ fn an_array_of_structs_without_bytes_is_refused() {
         panic!("{state:?}");
     };
     assert!(error.to_string().contains("parts"), "{error}");
+}
+
+/// A decoder behind the header of the first device of a stream, that device, and where its body starts.
+fn at_first_device(stream: &[u8]) -> (Decoder, Section, usize) {
+    let mut decoder = Decoder::new(Options::default());
+    let mut at = 0;
+    loop {
+        match decoder.step(&stream[at..]).unwrap() {
+            Step::Record {
+                record: Record::Section(section),
+                used,
+            } => return (decoder, section, at + used),
+            Step::Record { used, .. } => at += used,
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[test]
+fn an_end_is_found_as_soon_as_what_follows_it_is_there() {
+    // Something like a footer in the body, with nothing behind it that follows a section.
+    let body = [&[0x55; 30][..], &[0x7e, 0, 0, 0, 1, 0x33], &[0x66; 20]].concat();
+    let sections = [
+        section("timer", 1, &body, true),
+        section("serial", 2, &[0x66; 11], true),
+    ];
+    let stream = finished(&sections, &[]);
+    let (decoder, first, start) = at_first_device(&stream);
+    let mut searched = 0;
+    for end in start..stream.len() {
+        match find_body_end(&decoder, &first, &stream[start..end], searched, false) {
+            BodyEnd::At(bytes) => {
+                assert_eq!(bytes, body.len());
+                // Behind the footer stands a header of 20 bytes.
+                assert_eq!(end, start + body.len() + 5 + 20);
+                return;
+            }
+            BodyEnd::NotYet { searched: so_far } => {
+                assert!(so_far >= searched && so_far <= end - start);
+                searched = so_far;
+            }
+        }
+    }
+    panic!("no end was found");
+}
+
+#[test]
+fn what_is_all_ends_where_nothing_follows() {
+    let stream = [HEADER, &section("timer", 1, &[0x55; 30], true), &[0]].concat();
+    let (decoder, first, start) = at_first_device(&stream);
+    let rest = &stream[start..];
+    let not_yet = find_body_end(&decoder, &first, rest, 0, false);
+    assert_eq!(not_yet, BodyEnd::NotYet { searched: 30 });
+    assert_eq!(
+        find_body_end(&decoder, &first, rest, 30, true),
+        BodyEnd::At(30)
+    );
 }
