@@ -10,6 +10,7 @@ mod link;
 #[expect(dead_code, reason = "other tests use the rest of it")]
 mod peers;
 
+mod bitmaps;
 mod forms;
 mod journeys;
 mod parking;

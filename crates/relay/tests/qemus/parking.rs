@@ -88,7 +88,7 @@ impl Door {
     }
 }
 
-fn capability(qemu: &mut Qemu, name: &str, state: bool) {
+pub(crate) fn capability(qemu: &mut Qemu, name: &str, state: bool) {
     let capabilities = json!({"capabilities": [{"capability": name, "state": state}]});
     qemu.qmp.execute("migrate-set-capabilities", &capabilities);
 }
