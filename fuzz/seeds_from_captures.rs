@@ -21,6 +21,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "xbzrle",
         "vmdescription",
         "inspect",
+        "image_index",
     ] {
         fs::create_dir_all(seeds.join(target))?;
     }
@@ -68,6 +69,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                     in_libvirt_file(&seed),
                 )?;
             }
+            if IMAGES.contains(&name) {
+                // The first byte says that an image follows.
+                let image = [&[2], seed.as_slice()].concat();
+                fs::write(seeds.join("image_index").join(name), image)?;
+            }
             fs::write(seeds.join("inspect").join(name), seed)?;
         }
         let seed = thinned(records, footers, start, Describe::Nothing);
@@ -79,6 +85,15 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 
 /// Whose devices and descriptions become seeds: two machines, both dialects.
 const DESCRIBED: [&str; 4] = ["none-72", "none-100", "isapc-72", "q35-100"];
+/// Whose pages are found again.
+const IMAGES: [&str; 6] = [
+    "dirty-bitmap-100",
+    "mapped-ram-100",
+    "none-72",
+    "pc-2.2-72",
+    "postcopy-72.fwd",
+    "xbzrle-100",
+];
 /// What is walked through besides.
 const INSPECTED: [&str; 9] = [
     "bgsnap-72",
