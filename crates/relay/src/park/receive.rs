@@ -232,6 +232,10 @@ impl Receiver<'_> {
 
     fn answer(&mut self) -> Result<(), ParkError> {
         for event in self.parker.heard() {
+            // There may be many, and each answer may take its time.
+            if self.stop.is_triggered() {
+                return Err(ChannelError::Stopped.into());
+            }
             match event {
                 ParkEvent::OpenReturnPath => self.answers.is_open = true,
                 ParkEvent::Ping(value) => self.answers.send(&ReturnMessage::Pong(value))?,

@@ -89,6 +89,10 @@ fn a_parked_machine_has_its_index_at_once() {
         }
         assert!(description == expected.description, "{name}");
         check(&name, &image, &expected);
+        // What the file does not say, for only a destination that was advised expects it.
+        let mut blocks = image.head().blocks.iter();
+        let is_huge = blocks.any(|block| block.page_bytes == 2 << 20);
+        assert_eq!(is_huge, name.starts_with("postcopy-hugepages"), "{name}");
     }
 }
 

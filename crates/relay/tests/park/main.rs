@@ -6,5 +6,6 @@ mod contents;
 mod cuts;
 mod index;
 mod lies;
+mod ours;
 mod recovery;
 mod refusals;
