@@ -83,6 +83,8 @@ impl Files {
             &MEMORY_MIB.to_string(),
             "-bios",
             utf8(&bios),
+            "-uuid",
+            UUID,
             "-S",
         ]))
     }
@@ -105,6 +107,12 @@ impl Files {
 fn utf8(path: &Path) -> &str {
     path.to_str().expect("test paths are UTF-8")
 }
+
+/// Of the guest.
+pub(crate) const UUID: &str = "a6e8f2c0-0123-4567-89ab-cdef01234567";
+pub(crate) const UUID_BYTES: [u8; 16] = [
+    0xa6, 0xe8, 0xf2, 0xc0, 0x01, 0x23, 0x45, 0x67, 0x89, 0xab, 0xcd, 0xef, 0x01, 0x23, 0x45, 0x67,
+];
 
 /// Turns multifd on.
 pub(crate) fn set_up(qemu: &mut Qemu, channels: u8, compression: Compression) {

@@ -4,7 +4,7 @@ use serde_json::json;
 use vmferry_channel::{Channel, Stop, Uri};
 use vmferry_multifd::{Compression, SplitOptions, connect};
 
-use crate::machine::{COMPRESSIONS, Files, NEW, OLD, assert_equal, memory, set_up};
+use crate::machine::{COMPRESSIONS, Files, NEW, OLD, UUID_BYTES, assert_equal, memory, set_up};
 use crate::need;
 use crate::peers::PATIENCE;
 use crate::peers::qemu::{Qemu, Version};
@@ -16,7 +16,10 @@ fn send(qemu: &mut Qemu, compression: Compression, stream: &[u8]) {
     set_up(qemu, CHANNELS, compression);
     let uri: Uri = qemu.listen().parse().expect("an address");
     let stop = Stop::new().expect("a descriptor");
-    let options = SplitOptions::new(CHANNELS, compression);
+    let options = SplitOptions {
+        uuid: Some(UUID_BYTES),
+        ..SplitOptions::new(CHANNELS, compression)
+    };
     let split = connect(&uri, options, &stop, PATIENCE).unwrap_or_else(|error| panic!("{error}"));
     let Channel::TwoWay(_reader, mut writer) = split.channel else {
         panic!("the channel goes both ways");
