@@ -99,6 +99,7 @@ fn machines_come_and_go_over_several_connections() {
                 postcopy: false,
                 vm,
             };
+            let found = settings(&mut host);
             let more = [
                 "--multifd-channels",
                 CHANNELS,
@@ -107,6 +108,7 @@ fn machines_come_and_go_over_several_connections() {
             ];
             let report = restore.restore_with(&image, &mut host, &more);
             println!("{to:?} {restore:?} {compression}: {report}");
+            assert_eq!(settings(&mut host), found);
             assert_same_memory("restored", &before, &memory_of(&mut host.qemu));
             host.cont();
             branch.goes_on(2);

@@ -217,7 +217,7 @@ fn a_damaged_page_is_not_handed_out() {
             let to = [Version::V10_0, Version::V7_2][round % 2];
             let host = victim.checker.clone().host(to);
             let mut host = Host::waiting(host.expect("it was there before"));
-            let mut send = Restore::POSTCOPY.start(image, &mut host, &[]);
+            let mut send = Restore::POSTCOPY.start(image, &mut host, &["--quiet"]);
             let status = send.wait();
             let line = send.fails(status.code().expect("no signal"));
             println!("{status}: {line}");

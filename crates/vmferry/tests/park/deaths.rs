@@ -35,7 +35,7 @@ fn a_destination_that_dies_leaves_the_image_as_it_was() {
         let to = [Version::V7_2, Version::V7_2, Version::V10_0, Version::V10_0][round];
         let mut host = Host::waiting(need!(checker.clone().host(to)));
         let mut send = if restore.postcopy {
-            let (send, _) = restore.start_slowly(&image, &mut host);
+            let (send, _) = restore.start_slowly(&image, &mut host, &[]);
             host.qemu.wait_run_state("running");
             send
         } else {
@@ -47,9 +47,7 @@ fn a_destination_that_dies_leaves_the_image_as_it_was() {
         let status = send.wait();
         let line = send.fails(status.code().expect("no signal"));
         println!("{restore:?} {to:?}: {status}: {line}");
-        // Nobody can tell whether a guest that ran is lost or waits for its memory.
-        let expected = if restore.postcopy { 3 } else { 1 };
-        assert_eq!(status.code(), Some(expected));
+        assert_eq!(status.code(), Some(1));
         assert!(bytes(&image) == parked, "the image has changed");
 
         let mut branch = checker.clone();

@@ -50,10 +50,18 @@ pub(crate) struct Guest {
     dir: Arc<TempDir>,
     hosts: Arc<AtomicU64>,
     consoles: Vec<PathBuf>,
+    /// Of the machine, and of each piece.
+    mib: [u64; 2],
 }
 
 impl Guest {
+    /// One with 96 MiB of memory that it looks at; with `VMFERRY_LONG` it has 832 MiB of 1 GiB.
     pub(crate) fn new() -> Self {
+        Self::with_memory(if long() { [1024, 52] } else { [256, 6] })
+    }
+
+    /// One with so many MiB, and so many in each piece.
+    pub(crate) fn with_memory(mib: [u64; 2]) -> Self {
         let dir = tempfile::Builder::new()
             .prefix("vmferry-filled-")
             .tempdir()
@@ -62,13 +70,14 @@ impl Guest {
             dir: Arc::new(dir),
             hosts: Arc::default(),
             consoles: Vec::new(),
+            mib,
         }
     }
 
     /// A host for it, the first time where it boots and later where it goes next; `None` if the guest or this QEMU is not
-    /// there. With `VMFERRY_LONG` it has 1 GiB, else 256 MiB.
+    /// there.
     pub(crate) fn host(&mut self, version: Version) -> Option<Machine> {
-        let (mib, piece_mib) = if long() { ("1024", 52) } else { ("256", 6) };
+        let [mib, piece_mib] = self.mib.map(|mib| mib.to_string());
         let kernel = find("VMFERRY_GUEST_KERNEL", "the Linux guest")?;
         let initrd = find("VMFERRY_GUEST_INITRD", "the Linux guest")?;
         let machine = Machine::new(version)?;
@@ -79,7 +88,7 @@ impl Guest {
         self.consoles.push(console);
         let line = format!("console=ttyS0 quiet rdinit=/{PROGRAM} ferry.piece={piece_mib}");
         let [kernel, initrd] = [kernel, initrd].map(|path| path.display().to_string());
-        let machine = machine.args(["-m", mib, "-kernel", &kernel, "-initrd", &initrd]);
+        let machine = machine.args(["-m", &mib, "-kernel", &kernel, "-initrd", &initrd]);
         Some(machine.args(["-append", &line, "-serial", &serial]))
     }
 

@@ -61,7 +61,7 @@ fn a_guest_goes_on_when_its_send_was_killed() {
         let vm = round % 3 != 1;
         let mut branch = checker.clone();
         let mut host = Host::waiting(need!(branch.host(to)));
-        let (mut send, _) = Restore::POSTCOPY.start_slowly(&image, &mut host);
+        let (mut send, _) = Restore::POSTCOPY.start_slowly(&image, &mut host, &[]);
         let most = rng.usize(1..4);
         println!("round {round}: {to:?}, at last --vm {vm}, {most} kills");
         for number in 1..=most {

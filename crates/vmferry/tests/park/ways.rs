@@ -176,11 +176,19 @@ impl Restore {
     }
 
     /// The same over a slow connection, without `--vm`.
-    pub(crate) fn start_slowly(self, image: &Path, host: &mut Host) -> (Vmferry, Link) {
+    pub(crate) fn start_slowly(
+        self,
+        image: &Path,
+        host: &mut Host,
+        more: &[&str],
+    ) -> (Vmferry, Link) {
         assert!(!self.vm, "it would make a connection of its own");
         let mut words = self.words(image, host);
         let (uri, accept) = slow_link(host, "incoming");
         *words.last_mut().expect("a URI is the last word") = uri.into();
+        // What is logged of a connection that breaks is not what the command has to say.
+        words.push("--quiet".into());
+        words.extend(more.iter().map(OsString::from));
         let send = Vmferry::start(words);
         (send, accept())
     }
