@@ -186,12 +186,6 @@ impl Client {
         self.wire.peer()
     }
 
-    /// The user id of the server, if it is reached through a unix socket that it has opened itself.
-    #[must_use]
-    pub fn peer_user(&self) -> Option<u32> {
-        self.wire.peer_user()
-    }
-
     /// How long a reply may take from now on.
     pub fn set_patience(&mut self, patience: Duration) {
         self.patience = patience;

@@ -29,12 +29,6 @@ impl Wire {
         &self.stop
     }
 
-    /// The user who has opened the other end of a unix socket.
-    pub(crate) fn peer_user(&self) -> Option<u32> {
-        let credentials = rustix::net::sockopt::socket_peercred(&self.socket).ok()?;
-        Some(credentials.uid.as_raw())
-    }
-
     /// Bytes as they come, and the descriptors that came with them; 0 at the end of the stream.
     pub(crate) fn receive(
         &self,

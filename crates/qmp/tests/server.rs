@@ -498,10 +498,3 @@ fn commands_go_out_of_band_where_the_server_offers_it() {
         assert_eq!(request["arguments"]["uri"], "unix:/x");
     }
 }
-
-#[test]
-fn a_client_knows_whose_server_it_talks_to() {
-    let fixture = Fixture::start();
-    let client = fixture.client();
-    assert_eq!(client.peer_user(), Some(rustix::process::getuid().as_raw()));
-}

@@ -1,8 +1,8 @@
 //! Typed calls of a QEMU's monitor.
 
-use std::fmt;
-use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::time::{Duration, Instant};
+use std::{fmt, fs, io};
 
 use serde_json::{Value, json};
 use vmferry_channel::{Stop, Uri};
@@ -42,6 +42,8 @@ const CAN_STAY: (u64, u64) = (9, 1);
 #[derive(Debug)]
 pub struct Qemu {
     client: Client,
+    /// Who owns its socket: as a rule, the user that it runs as.
+    user: Option<u32>,
 }
 
 impl Qemu {
@@ -51,7 +53,11 @@ impl Qemu {
     /// Nobody is there, or it does not greet: another client may hold the socket.
     pub fn connect(address: &Uri, stop: &Stop) -> Result<Self, QemuError> {
         let client = Client::connect(address, stop).map_err(QemuError::Client)?;
-        Ok(Self { client })
+        let user = match address {
+            Uri::Unix(path) => fs::metadata(path).ok().map(|socket| socket.uid()),
+            _ => None,
+        };
+        Ok(Self { client, user })
     }
 
     /// What messages call it: its socket.
@@ -77,7 +83,7 @@ impl Qemu {
     /// It cannot be made.
     pub fn private_folder(&self) -> io::Result<PrivateFolder> {
         let mut folder = PrivateFolder::new()?;
-        if let Some(user) = self.client.peer_user()
+        if let Some(user) = self.user
             && let Err(error) = folder.give_to(user)
         {
             // Then it is told by QEMU itself, unless that is root.

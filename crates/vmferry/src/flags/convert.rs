@@ -13,10 +13,9 @@ use crate::output::Out;
 /// The result appears when it is whole; the source is not changed.
 #[derive(Args, Debug)]
 #[command(after_long_help = "Examples:
-  For QEMU 9.0 and later, which reads mapped-ram files with several threads:
+  For QEMU 9.0 and later, which can read it with several threads (capabilities mapped-ram and
+  multifd, then migrate-incoming file:guest.mapped):
     vmferry convert guest.migration -o guest.mapped --to mapped-ram
-    qemu-system-x86_64 ... -incoming defer
-      migrate-set-capabilities mapped-ram on, then migrate-incoming file:guest.mapped
 
   Back, for a QEMU that does not know mapped-ram; each page is in it once:
     vmferry convert guest.mapped -o guest.migration --to stream

@@ -5,9 +5,9 @@ use vmferry_channel::Uri;
 
 use super::convert::ImageFlags;
 use super::disk::DiskFlag;
+use super::disk_parser;
 use super::multifd::MultifdFlags;
 use super::rate::Rate;
-use super::{DISK_HELP, disk_parser};
 use crate::output::{self, Out};
 
 /// Let a parked machine run on: send it to a QEMU, all of it first or on demand.
@@ -41,6 +41,7 @@ use crate::output::{self, Out};
 
   With a disk, to a host whose vmferry takes it:
     vmferry send guest.migration tcp:host2:4444 --disk root=/vm/root.img")]
+#[command(override_usage = "vmferry send [OPTIONS] <FILE> <URI|--vm <QMP>>")]
 #[command(group = clap::ArgGroup::new("to").args(["uri", "vm"]).required(true))]
 pub(crate) struct SendFlags {
     #[command(flatten)]
@@ -51,9 +52,12 @@ pub(crate) struct SendFlags {
     /// Or the QMP address of the destination: a QEMU that was started with -incoming defer
     #[arg(long, value_name = "QMP")]
     pub(crate) vm: Option<Uri>,
-    /// A disk that travels along: NAME=PATH[,OPTION...] (repeatable; --help lists the options). It
-    /// is only read
-    #[arg(long, value_name = "DISK", long_help = DISK_HELP)]
+    /// A disk that travels along: NAME=PATH[,format=raw|qcow2] (repeatable); it is only read
+    ///
+    /// NAME is what the destination calls it. Two commas in a row are one comma of the name or path.
+    /// The format is never guessed: without it the disk is raw, and refused if it starts like a qcow2
+    /// image. A QEMU up to 9.0 takes it, or vmferry receive.
+    #[arg(long, value_name = "DISK")]
     #[arg(value_parser = disk_parser(), value_hint = ValueHint::FilePath)]
     pub(crate) disk: Vec<DiskFlag>,
     /// Let the guest run at once, and send its memory as it needs it
@@ -73,6 +77,8 @@ pub(crate) struct SendFlags {
     #[command(flatten)]
     pub(crate) multifd: MultifdFlags,
     /// How much may be sent, such as 100MiB/s, or "unlimited", which it is by default
+    ///
+    /// From the moment that a postcopy's guest is to run, nothing is held back.
     #[arg(long, value_name = "RATE")]
     pub(crate) bandwidth: Option<Rate>,
     /// The destination cannot answer: a file, or a pipe
