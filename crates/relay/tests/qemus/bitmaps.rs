@@ -11,7 +11,10 @@ use crate::parking::{Way, capability, park};
 use crate::peers::qemu::{Machine, Qemu, Version};
 
 fn with_disk(host: Machine) -> Machine {
-    host.args(["-blockdev", "null-co,node-name=dd,size=16777216,read-zeroes=on"])
+    host.args([
+        "-blockdev",
+        "null-co,node-name=dd,size=16777216,read-zeroes=on",
+    ])
 }
 
 /// Bytes that the bitmap of the disk says are dirty, if it has one.
