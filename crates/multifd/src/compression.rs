@@ -4,10 +4,9 @@ use std::fmt;
 use std::str::FromStr;
 
 use flate2::{Compress, Decompress, FlushCompress, FlushDecompress, Status};
-use ruzstd::encoding::CompressionLevel;
 
 use crate::packet::PACKET_BLOB_BYTES_MAX;
-use crate::zstd::Zstd;
+use crate::zstd;
 
 /// How pages are compressed; both sides must be told the same.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -17,7 +16,7 @@ pub enum Compression {
     None,
     /// zlib: one stream for each channel, flushed after each packet.
     Zlib,
-    /// Zstandard: one stream for each channel, flushed after each packet. Ours has one frame for each packet.
+    /// Zstandard: one stream for each channel, flushed after each packet.
     Zstd,
 }
 
@@ -61,7 +60,7 @@ pub(crate) enum Unpacker {
     /// They are no blobs.
     None,
     Zlib(Box<Decompress>),
-    Zstd(Box<Zstd>),
+    Zstd(Box<zstd::Unpack>),
 }
 
 impl Unpacker {
@@ -69,7 +68,7 @@ impl Unpacker {
         match compression {
             Compression::None => Self::None,
             Compression::Zlib => Self::Zlib(Box::new(Decompress::new(true))),
-            Compression::Zstd => Self::Zstd(Box::default()),
+            Compression::Zstd => Self::Zstd(Box::new(zstd::Unpack::new())),
         }
     }
 
@@ -137,7 +136,7 @@ fn unpack_zlib(
 pub(crate) enum Packer {
     None,
     Zlib(Box<Compress>),
-    Zstd,
+    Zstd(Box<zstd::Pack>),
 }
 
 impl Packer {
@@ -148,7 +147,7 @@ impl Packer {
                 let level = flate2::Compression::new(ZLIB_LEVEL);
                 Self::Zlib(Box::new(Compress::new(level, true)))
             }
-            Compression::Zstd => Self::Zstd,
+            Compression::Zstd => Self::Zstd(Box::new(zstd::Pack::new())),
         }
     }
 
@@ -159,10 +158,7 @@ impl Packer {
         match self {
             Self::None => return Ok(false),
             Self::Zlib(stream) => pack_zlib(stream, pages, blob)?,
-            Self::Zstd => {
-                let target = &mut *blob;
-                ruzstd::encoding::compress(pages, target, CompressionLevel::Fastest);
-            }
+            Self::Zstd(stream) => stream.pack(pages, blob)?,
         }
         let max = usize::try_from(PACKET_BLOB_BYTES_MAX).unwrap_or(usize::MAX);
         if blob.len() > max {
