@@ -58,7 +58,12 @@ fn a_rotten_bit_is_noticed() {
         let index = fs::read(parked.index()).unwrap();
         match parked.open_counting() {
             (Ok(image), 0) => {
-                let error = image.verify(&mut |_| {}).unwrap_err();
+                if image.verify(&mut |_| {}).is_ok() {
+                    // Padding, which says nothing.
+                    let mut compressed = script.compressed.iter();
+                    assert!(compressed.any(|range| range.contains(&at)), "byte {at}");
+                    assert!(read_all(&image) == script.memory, "byte {at}");
+                }
                 match try_read_all(&image, 16) {
                     Ok(memory) => assert!(memory == script.memory, "byte {at}"),
                     Err(error) => {
@@ -74,7 +79,6 @@ fn a_rotten_bit_is_noticed() {
                         assert!(behind < PAGE as u64 + 32, "byte {at}: {error}");
                     }
                 }
-                drop(error);
             }
             // A sample has changed.
             (_, _) => at_open += 1,

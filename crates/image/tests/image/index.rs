@@ -115,6 +115,13 @@ fn whatever_is_there_is_replaced() {
         // And the new one is used.
         assert_eq!(parked.open_counting().1, 0, "{case}");
     }
+    // Nobody waits for the other end of a pipe.
+    fs::remove_file(parked.index()).unwrap();
+    let mode = rustix::fs::Mode::from_raw_mode(0o600);
+    let kind = rustix::fs::FileType::Fifo;
+    rustix::fs::mknodat(rustix::fs::CWD, parked.index(), kind, mode, 0).unwrap();
+    assert!(read_all(&parked.open().unwrap()) == script.memory);
+    assert_eq!(parked.open_counting().1, 0);
     // Longer is as good.
     let longer = [good, vec![1; 1000]].concat();
     fs::write(parked.index(), longer).unwrap();

@@ -19,6 +19,8 @@ const BITMAP: SectionId = SectionId(3);
 pub(crate) struct Script {
     pub(crate) bytes: Vec<u8>,
     pub(crate) memory: Memory,
+    /// Where zlib streams are.
+    pub(crate) compressed: Vec<std::ops::Range<u64>>,
     encoder: Encoder,
     told: Vec<Told>,
     open: Option<SectionId>,
@@ -74,6 +76,7 @@ impl Script {
         let mut script = Self {
             bytes: Vec::new(),
             memory: BTreeMap::new(),
+            compressed: Vec::new(),
             encoder: Encoder::new(true),
             told: Vec::new(),
             open: None,
@@ -169,7 +172,9 @@ impl Script {
         let payload = encoder.finish().unwrap();
         let bytes = u32::try_from(payload.len()).unwrap();
         self.ram(RamRecord::Compressed { page: of, bytes });
+        let start = self.bytes.len() as u64;
         self.payload(&payload);
+        self.compressed.push(start..self.bytes.len() as u64);
         self.set(block, page, content);
     }
 
