@@ -83,7 +83,8 @@ fn phase_of(status: &Status) -> Phase {
         State::Active => Phase::Bulk,
         State::PreSwitchover | State::Device => Phase::SwitchOver,
         State::PostcopyActive => Phase::Postcopy,
-        State::PostcopyPaused | State::PostcopyRecover => Phase::Interrupted,
+        State::PostcopyPaused => Phase::Interrupted,
+        State::PostcopyRecover => Phase::Recovering,
         State::Cancelling => Phase::Cancelling,
         State::Completed | State::Failed | State::Cancelled => Phase::Over,
     }
@@ -97,7 +98,8 @@ fn phase(info: &MigrationInfo, pass: u64) -> Phase {
         S::Active | S::Colo => Phase::Dirty,
         S::PreSwitchover | S::Device => Phase::SwitchOver,
         S::PostcopyActive => Phase::Postcopy,
-        S::PostcopyPaused | S::PostcopyRecoverSetup | S::PostcopyRecover => Phase::Interrupted,
+        S::PostcopyPaused => Phase::Interrupted,
+        S::PostcopyRecoverSetup | S::PostcopyRecover => Phase::Recovering,
         S::Cancelling => Phase::Cancelling,
         S::None | S::Cancelled | S::Completed | S::Failed => Phase::Over,
     }

@@ -42,6 +42,8 @@ pub(crate) enum Phase {
     Postcopy,
     /// The connection broke after that.
     Interrupted,
+    /// Another one is there; both sides find out what is missing.
+    Recovering,
     Cancelling,
     /// The destination has the disks.
     Completed,
@@ -60,6 +62,7 @@ impl Phase {
             Self::SwitchOver => "switching over",
             Self::Postcopy => "postcopy",
             Self::Interrupted => "interrupted",
+            Self::Recovering => "recovering",
             Self::Cancelling => "cancelling",
             Self::Completed => "completed",
             Self::Over => "over",
@@ -110,9 +113,11 @@ impl Track {
         self.pass = self.pass.max(sample.pass);
         let permille = match sample.phase {
             Phase::Setup => 0,
-            Phase::Completed | Phase::Over | Phase::Cancelling | Phase::Interrupted => {
-                u64::from(self.permille)
-            }
+            Phase::Completed
+            | Phase::Over
+            | Phase::Cancelling
+            | Phase::Interrupted
+            | Phase::Recovering => u64::from(self.permille),
             Phase::Indexing
             | Phase::Verifying
             | Phase::Bulk
@@ -170,6 +175,7 @@ fn eta(sample: &Sample) -> Option<Duration> {
         Phase::Setup
         | Phase::SwitchOver
         | Phase::Interrupted
+        | Phase::Recovering
         | Phase::Cancelling
         | Phase::Completed
         | Phase::Over => 0,

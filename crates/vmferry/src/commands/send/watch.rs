@@ -11,7 +11,6 @@ use vmferry_migration::{Published, RunningSource, Status};
 use super::outcome::{End, Figures, Guest, Outcome, micros};
 use super::vm::{Said, Vm};
 use super::{SendFlags, json_out};
-use crate::exit::{Exit, Failure};
 use crate::render::{self, Progress, Sample};
 use crate::signals::{Signal, Signals};
 
@@ -66,7 +65,7 @@ impl<'a> Watch<'a> {
     }
 
     /// Show it until the source can do nothing more.
-    pub(super) fn until_over(&mut self, source: &RunningSource) -> Result<End, Failure> {
+    pub(super) fn until_over(&mut self, source: &RunningSource) -> io::Result<End> {
         let mut progress = Progress::new(json_out(self.flags));
         loop {
             let status = self.published.get();
@@ -82,7 +81,11 @@ impl<'a> Watch<'a> {
             match self.wait()? {
                 // Without a terminal it goes on: a guest may need it.
                 None | Some(Signal::Hangup) => {}
-                Some(Signal::Stop) => self.stop(source, &progress)?,
+                Some(Signal::Stop) if self.asked_to_stop => {
+                    // Its connection breaks when the source is dropped.
+                    return Ok(End::Interrupted("stopped by a second Ctrl-C".to_owned()));
+                }
+                Some(Signal::Stop) => self.stop(source, &progress),
             }
         }
     }
@@ -119,23 +122,14 @@ impl<'a> Watch<'a> {
     }
 
     /// Ctrl-C.
-    fn stop(&mut self, source: &RunningSource, progress: &Progress) -> Result<(), Failure> {
+    fn stop(&mut self, source: &RunningSource, progress: &Progress) {
         match source.cancel() {
-            Ok(()) => {
-                progress.note("cancelling");
-                Ok(())
-            }
-            Err(_) if self.asked_to_stop => Err(Failure::new(
-                Exit::Failed,
-                "stopped, although the guest may run at the destination and wait for its memory",
-            )
-            .hint("the same command with --resume lets it go on")),
+            Ok(()) => progress.note("cancelling"),
             Err(why) => {
                 self.asked_to_stop = true;
                 progress.note(&format!(
                     "{why}, and needs the rest; again Ctrl-C leaves it waiting"
                 ));
-                Ok(())
             }
         }
     }
