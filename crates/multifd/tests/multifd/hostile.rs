@@ -539,7 +539,7 @@ fn a_stream_without_memory_ends_while_channels_synchronise() {
 #[test]
 fn damaged_captures_end_in_an_error_or_in_a_stream() {
     let mut rng = seeded();
-    for _ in 0..rounds(150, 20_000) {
+    for _ in 0..rounds(150, 5_000) {
         let (name, compression) = *rng.choice(&CAPTURES).expect("some");
         let mut connections = capture(name);
         for _ in 0..rng.usize(1..4) {
