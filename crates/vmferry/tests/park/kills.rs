@@ -70,10 +70,7 @@ fn a_guest_goes_on_when_its_send_was_killed() {
             }
             kills += 1;
             send = resume(&image, &mut host, number, vm && number == most);
-            if number == most {
-                println!("{}", send.event("completed"));
-                send.succeeds();
-            } else {
+            if number < most {
                 // A QEMU may not survive a break inside the handshake.
                 until("the guest to be taken up again", || {
                     let answer = host.migration();
@@ -83,6 +80,20 @@ fn a_guest_goes_on_when_its_send_was_killed() {
                         .then_some(())
                 });
             }
+        }
+        for number in most + 1.. {
+            let status = send.wait();
+            if status.success() {
+                break;
+            }
+            // Seldom a QEMU names the block in what it says on the connection that breaks, and not on the next one.
+            let line = send.fails(1);
+            println!("again: {line}");
+            assert!(
+                line.contains("names no RAM block") && number < most + 5,
+                "{line}"
+            );
+            send = resume(&image, &mut host, number, vm);
         }
         host.qemu.migrated();
         host.qemu.wait_run_state("running");
