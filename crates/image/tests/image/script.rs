@@ -19,8 +19,8 @@ const BITMAP: SectionId = SectionId(3);
 pub(crate) struct Script {
     pub(crate) bytes: Vec<u8>,
     pub(crate) memory: Memory,
-    /// Where zlib streams are.
-    pub(crate) compressed: Vec<std::ops::Range<u64>>,
+    /// Where there are bits that mean nothing: in zlib streams, and in the words that end sections.
+    pub(crate) lax: Vec<std::ops::Range<u64>>,
     encoder: Encoder,
     told: Vec<Told>,
     open: Option<SectionId>,
@@ -76,7 +76,7 @@ impl Script {
         let mut script = Self {
             bytes: Vec::new(),
             memory: BTreeMap::new(),
-            compressed: Vec::new(),
+            lax: Vec::new(),
             encoder: Encoder::new(true),
             told: Vec::new(),
             open: None,
@@ -111,7 +111,9 @@ impl Script {
     /// The section of `ram` ends, if one is open.
     pub(crate) fn end(&mut self) {
         if let Some(id) = self.open.take() {
+            let start = self.bytes.len() as u64;
             self.ram(RamRecord::EndOfSection);
+            self.lax.push(start..self.bytes.len() as u64);
             self.record(Record::SectionEnd { id });
         }
     }
@@ -174,7 +176,7 @@ impl Script {
         self.ram(RamRecord::Compressed { page: of, bytes });
         let start = self.bytes.len() as u64;
         self.payload(&payload);
-        self.compressed.push(start..self.bytes.len() as u64);
+        self.lax.push(start..self.bytes.len() as u64);
         self.set(block, page, content);
     }
 
