@@ -139,9 +139,16 @@ pub enum MultifdError {
     /// Whoever reads the plain stream has closed it, or it broke.
     #[error("plain stream: {0}")]
     Consumer(ChannelError),
-    /// It was given up before its end, by whoever reads or writes the plain stream.
+    /// It was given up before its end, by whoever reads or writes the plain stream. Nobody is told this
+    /// who knows why: `finish` is well then.
     #[error("the migration over multifd was given up before its end")]
     Abandoned,
+    /// The rest of a stream was not taken.
+    #[error("the destination has taken nothing for {} s, and bytes are left", .patience.as_secs())]
+    Stalled {
+        /// How long.
+        patience: Duration,
+    },
     /// A thread of ours died.
     #[error("a thread for multifd has panicked")]
     Panicked,
@@ -238,6 +245,14 @@ impl MultifdError {
     #[must_use]
     pub fn is_stopped(&self) -> bool {
         matches!(self, Self::Stopped)
+    }
+
+    /// Did whoever reads or writes the plain stream want no more of it?
+    pub(crate) fn is_given_up(&self) -> bool {
+        matches!(
+            self,
+            Self::Abandoned | Self::Consumer(ChannelError::Closed { .. })
+        )
     }
 
     pub(crate) fn connect(error: ChannelError) -> Self {

@@ -205,13 +205,11 @@ impl Junction {
         }
     }
 
-    /// How it ended, once no thread is left.
+    /// What went wrong, once no thread is left. That nobody wanted the rest is nothing wrong here.
     pub(crate) fn outcome(&self) -> Result<(), MultifdError> {
-        let mut state = self.lock();
-        match state.failure.take() {
-            Some(error) => Err(error),
-            None if state.stage == Stage::Over => Ok(()),
-            None => Err(MultifdError::Abandoned),
+        match self.lock().failure.take() {
+            Some(error) if !error.is_given_up() => Err(error),
+            _ => Ok(()),
         }
     }
 

@@ -82,8 +82,8 @@ impl Joining {
     /// What the channel's writer was given before is still delivered.
     ///
     /// # Errors
-    /// The first thing that failed; [`MultifdError::Abandoned`] if it was called before all pages were
-    /// through.
+    /// The first thing that failed. No error does not mean that the stream was whole, which its reader
+    /// has seen: it may have been called before all pages were through.
     pub fn finish(mut self) -> Result<(), MultifdError> {
         let has_panicked = self.end();
         match self.junction.outcome() {

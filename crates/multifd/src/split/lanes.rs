@@ -7,8 +7,10 @@
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use rustix::net::Shutdown;
+use vmferry_channel::Counter;
 use vmferry_stream::Name;
 
 use crate::error::MultifdError;
@@ -16,6 +18,9 @@ use crate::error::MultifdError;
 /// Jobs that wait for one channel: packets of pages, or SYNCs.
 const JOBS_MAX: usize = 1;
 const SYNCS_MAX: usize = 64;
+
+/// Progress is looked at so often.
+const DRAIN_SLICE: Duration = Duration::from_millis(200);
 
 /// Pages of one block, for one packet.
 #[derive(Debug, Default)]
@@ -36,7 +41,9 @@ struct State {
     spare: Vec<Batch>,
     /// Nothing more will be given.
     is_closed: bool,
+    is_through: bool,
     failure: Option<MultifdError>,
+    counters: Vec<Counter>,
     /// The main connection, the channels, our end of the plain stream.
     sockets: Vec<OwnedFd>,
 }
@@ -53,7 +60,9 @@ impl Lanes {
                 queues: (0..channels).map(|_| VecDeque::new()).collect(),
                 spare: Vec::new(),
                 is_closed: false,
+                is_through: false,
                 failure: None,
+                counters: Vec::new(),
                 sockets,
             }),
             changed: Condvar::new(),
@@ -112,12 +121,48 @@ impl Lanes {
         self.lock().failure.is_some()
     }
 
-    /// How it ended, once no thread is left.
+    /// What went wrong, once no thread is left. That nobody writes the rest is nothing wrong here.
     pub(crate) fn outcome(&self) -> Result<(), MultifdError> {
         match self.lock().failure.take() {
-            Some(error) => Err(error),
-            None => Ok(()),
+            Some(error) if !error.is_given_up() => Err(error),
+            _ => Ok(()),
         }
+    }
+
+    /// Bytes that the destination was given.
+    fn sent_bytes(state: &State) -> u64 {
+        let counters = state.counters.iter().map(Counter::bytes);
+        counters.fold(0, u64::saturating_add)
+    }
+
+    /// Wait until everything was sent, as long as something still is.
+    pub(crate) fn drain(&self, patience: Duration) {
+        let mut state = self.lock();
+        let mut progress = (Self::sent_bytes(&state), Instant::now());
+        while !state.is_through && state.failure.is_none() {
+            let sent = Self::sent_bytes(&state);
+            if sent != progress.0 {
+                progress = (sent, Instant::now());
+            }
+            let left = patience.saturating_sub(progress.1.elapsed());
+            if left.is_zero() {
+                drop(state);
+                return self.fail(MultifdError::Stalled { patience });
+            }
+            let waited = self.changed.wait_timeout(state, left.min(DRAIN_SLICE));
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// The main thread has ended, and all channels.
+    pub(crate) fn through(&self) {
+        self.lock().is_through = true;
+        self.changed.notify_all();
+    }
+
+    /// Bytes that were sent count as progress.
+    pub(crate) fn count(&self, counter: &Counter) {
+        self.lock().counters.push(counter.clone());
     }
 
     /// An empty batch.

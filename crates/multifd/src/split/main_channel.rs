@@ -109,6 +109,7 @@ impl MainChannel {
         if ends.iter().any(Result::is_err) {
             self.lanes.fail(MultifdError::Panicked);
         }
+        self.lanes.through();
     }
 
     fn items(&mut self) -> Result<(), MultifdError> {
@@ -230,6 +231,7 @@ impl MainChannel {
             let socket = self.connect(&stop, deadline)?;
             self.lanes.add_socket(duplicate(&socket)?)?;
             let (_, writer) = halves(socket, &stop)?;
+            self.lanes.count(writer.counter());
             let handshake = Handshake {
                 uuid: uuid.unwrap_or_default(),
                 channel,

@@ -71,6 +71,7 @@ pub struct Splitting {
     thread: Option<JoinHandle<()>>,
     /// Our end of the plain stream.
     plain: OwnedFd,
+    patience: Duration,
 }
 
 impl std::fmt::Debug for Splitting {
@@ -81,13 +82,16 @@ impl std::fmt::Debug for Splitting {
 
 impl Splitting {
     /// Whoever writes the plain stream is done with it: wait until all of it was given to the kernel, as
-    /// long as the destination takes it and `stop` is not triggered.
+    /// long as the destination takes some of it within the patience that it was connected with, and `stop`
+    /// is not triggered.
     ///
     /// # Errors
-    /// The first thing that failed; [`MultifdError::Abandoned`] if the plain stream had no end.
+    /// The first thing that failed. No error does not mean that the stream was whole, which its writer
+    /// knows.
     pub fn finish(mut self) -> Result<(), MultifdError> {
         // What was written is still read.
         let _ = rustix::net::shutdown(&self.plain, Shutdown::Read);
+        self.lanes.drain(self.patience);
         let thread = self.thread.take().map(JoinHandle::join);
         match self.lanes.outcome() {
             Ok(()) if matches!(thread, Some(Err(_))) => Err(MultifdError::Panicked),
@@ -133,6 +137,7 @@ pub fn connect(
     let plain_twin = duplicate(sockets.first().unwrap_or(&plain.writing))?;
     let lanes = Arc::new(Lanes::new(options.channels, sockets));
     let (main_reader, main_writer) = halves(main, stop)?;
+    lanes.count(main_writer.counter());
     let main = MainChannel::new(
         Arc::clone(&lanes),
         (plain.reader, main_writer),
@@ -153,6 +158,7 @@ pub fn connect(
             lanes,
             thread: Some(thread.map_err(host("start"))?),
             plain: plain_twin,
+            patience,
         },
     })
 }
