@@ -204,3 +204,37 @@ fn refused(error: QemuError) -> Failure {
         false => Failure::new(Exit::Failed, error),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_migration_of_a_qemu_ends_as_it_says() {
+        use MigrationStatus as S;
+        let of = |status, cancelled| {
+            let info = MigrationInfo {
+                status: Some(status),
+                error_desc: Some("no room".to_owned()),
+                ..MigrationInfo::default()
+            };
+            left(&info, cancelled)
+        };
+        let failed = Left::Failed(Some("no room".to_owned()));
+        for (status, cancelled, end) in [
+            (S::Setup, false, None),
+            (S::Active, false, None),
+            (S::Device, false, None),
+            (S::Cancelling, true, None),
+            (S::Completed, false, Some(Left::Completed)),
+            // The cancel came too late.
+            (S::Completed, true, Some(Left::Completed)),
+            (S::Cancelled, false, Some(Left::Cancelled)),
+            (S::Failed, false, Some(failed)),
+            (S::Failed, true, Some(Left::Cancelled)),
+        ] {
+            assert_eq!(of(status, cancelled), end, "{status} {cancelled}");
+        }
+        assert_eq!(left(&MigrationInfo::default(), false), None);
+    }
+}
