@@ -1,6 +1,6 @@
 //! Every maximum that an image is held to.
 
-/// Bytes of all RAM blocks together: what bounds the memory that building an index takes (40 MiB)
+/// Bytes of all RAM blocks together: what bounds the memory that building an index takes (70 MiB)
 /// and the length of an index (48 GiB, sparse).
 pub const RAM_BYTES_MAX: u64 = 16 << 40;
 
