@@ -219,7 +219,7 @@ mod tests {
         for compression in [Compression::Zlib, Compression::Zstd] {
             let (mut packer, mut unpacker) = (Packer::new(compression), Unpacker::new(compression));
             let mut blob = Vec::new();
-            for _ in 0..20 {
+            for _ in 0..8 {
                 let pages = pages(&mut rng);
                 assert_eq!(packer.pack(&pages, &mut blob), Ok(true));
                 let mut seen = vec![0; pages.len()];
@@ -256,7 +256,7 @@ mod tests {
     fn damaged_blobs_are_refused_or_unpack_to_something() {
         let mut rng = crate::test_rng();
         for compression in [Compression::Zlib, Compression::Zstd] {
-            for _ in 0..300 {
+            for _ in 0..60 {
                 let pages = pages(&mut rng);
                 let mut blob = Vec::new();
                 let packed = Packer::new(compression).pack(&pages, &mut blob);
