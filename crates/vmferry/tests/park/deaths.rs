@@ -47,7 +47,9 @@ fn a_destination_that_dies_leaves_the_image_as_it_was() {
         let status = send.wait();
         let line = send.fails(status.code().expect("no signal"));
         println!("{restore:?} {to:?}: {status}: {line}");
-        assert_eq!(status.code(), Some(1));
+        // Nobody can tell from here whether a guest that ran is lost, or waits for its memory.
+        let expected = if restore.postcopy { 3 } else { 1 };
+        assert_eq!(status.code(), Some(expected));
         assert!(bytes(&image) == parked, "the image has changed");
 
         let mut branch = checker.clone();
