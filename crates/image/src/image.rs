@@ -1,5 +1,6 @@
 //! An open image.
 
+use std::io;
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
@@ -647,7 +648,15 @@ fn build(
     match named.and_then(|file| opened(file, storage)) {
         // The image is fine; there is no room for an index, nobody may write there, or others do.
         Err(error @ (ImageError::Index { .. } | ImageError::WrongIndex { .. })) => {
-            tracing::info!(image = storage.name(), %error, "the index is kept in an unnamed file");
+            let message = "the index is kept in an unnamed file";
+            match &error {
+                ImageError::Index { source, .. }
+                    if source.kind() == io::ErrorKind::AlreadyExists =>
+                {
+                    tracing::warn!(image = storage.name(), %error, message);
+                }
+                _ => tracing::info!(image = storage.name(), %error, message),
+            }
             build_unnamed(storage, progress)
         }
         other => other,

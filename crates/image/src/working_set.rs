@@ -62,7 +62,7 @@ pub(crate) fn write(
     }
     bytes.extend(ranges);
     bytes.extend(crc32fast::hash(&bytes).to_le_bytes());
-    let new = NewFile::beside(path)?;
+    let new = NewFile::beside(path, *MAGIC)?;
     new.file.write_all_at(&bytes, 0)?;
     new.publish(path, mode)
 }

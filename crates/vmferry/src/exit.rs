@@ -5,7 +5,7 @@
 //! | 0 | whole and durable |
 //! | 1 | failed; the source serves on, a retry is safe |
 //! | 2 | wrong usage |
-//! | 3 | undecided: disks are held until `vmferry resolve` |
+//! | 3 | undecided: disks are held until `vmferry resolve`, or a guest may run, or waits, elsewhere |
 //! | 4 | refused before anything was sent |
 //! | 130 | cancelled |
 //!

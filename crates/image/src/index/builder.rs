@@ -14,7 +14,7 @@ use super::chunk::{Payload, Place, Where, seeded};
 use super::contents;
 use super::deltas::{Base, Deltas};
 use super::file::{NewFile, random};
-use super::layout::{Header, SAMPLES, sample, slot_offset};
+use super::layout::{Header, MAGIC, SAMPLES, sample, slot_offset};
 use super::table::{CACHED_CHUNKS_MAX, Presence, Table};
 use crate::error::ImageError;
 use crate::head::Contents;
@@ -83,7 +83,7 @@ impl IndexBuilder {
     pub fn new(place: &IndexPlace, storage: &dyn Storage) -> Result<Self, ImageError> {
         let path = place.path(storage);
         let made = match &path {
-            Some(path) => NewFile::beside(path),
+            Some(path) => NewFile::beside(path, *MAGIC),
             None => NewFile::unnamed(),
         };
         let new = made.map_err(|source| ImageError::Index {

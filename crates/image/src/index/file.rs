@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::fs::File;
 use std::hash::{BuildHasher, Hasher};
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 
@@ -13,20 +13,28 @@ use rustix::io::Errno;
 /// Names that are tried for a file before it gets its own.
 const NAMES_MAX: u32 = 16;
 
+/// What a file of ours begins with.
+pub(crate) type Magic = [u8; 8];
+
 /// A file that is being written.
 #[derive(Debug)]
 pub(crate) struct NewFile {
     pub(crate) file: File,
+    /// It may take the place of its like only.
+    magic: Magic,
     /// Its name for now, if it needs one.
     name: Option<PathBuf>,
 }
 
 impl NewFile {
-    /// A file in the folder of `path`, which has that name when it is published.
-    pub(crate) fn beside(path: &Path) -> io::Result<Self> {
+    /// A file in the folder of `path`, which has that name when it is published. Nothing is there, or a
+    /// file that begins with `magic`, too.
+    pub(crate) fn beside(path: &Path, magic: Magic) -> io::Result<Self> {
+        check_free(path, magic)?;
         let folder = folder(path);
         if let Some(file) = nameless(&folder)? {
-            return Ok(Self { file, name: None });
+            let name = None;
+            return Ok(Self { file, magic, name });
         }
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
         let (name, file) = first_free(path, |name| {
@@ -34,6 +42,7 @@ impl NewFile {
         })?;
         Ok(Self {
             file: file.into(),
+            magic,
             name: Some(name),
         })
     }
@@ -45,7 +54,11 @@ impl NewFile {
             Ok(Some(file)) => file,
             _ => unlinked(&folder).or_else(|_| in_memory())?,
         };
-        Ok(Self { file, name: None })
+        Ok(Self {
+            file,
+            magic: Magic::default(),
+            name: None,
+        })
     }
 
     /// A second file like this one, which nobody else sees.
@@ -61,6 +74,7 @@ impl NewFile {
 
     /// Make it durable under `path`, in place of what is there, with these permissions.
     pub(crate) fn publish(mut self, path: &Path, mode: u32) -> io::Result<()> {
+        check_free(path, self.magic)?;
         let mode = Mode::from_raw_mode(mode & 0o666) | Mode::RUSR | Mode::WUSR;
         rustix::fs::fchmod(&self.file, mode)?;
         self.file.sync_all()?;
@@ -94,6 +108,24 @@ impl Drop for NewFile {
             let _ = std::fs::remove_file(name);
         }
     }
+}
+
+/// Somebody's file is not replaced, whatever was said; least of all the image itself.
+fn check_free(path: &Path, magic: Magic) -> io::Result<()> {
+    let there = match std::fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        there => there?,
+    };
+    if there.is_file() {
+        let mut start = Vec::new();
+        File::open(path)?.take(8).read_to_end(&mut start)?;
+        // One that was cut short is ours, too.
+        if magic.starts_with(&start) {
+            return Ok(());
+        }
+    }
+    let what = "something else is there, which is not replaced";
+    Err(io::Error::new(io::ErrorKind::AlreadyExists, what))
 }
 
 fn folder(path: &Path) -> PathBuf {

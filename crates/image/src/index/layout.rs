@@ -22,7 +22,7 @@ use super::chunk::{CHUNK_BYTES, seeded};
 use crate::storage::{Identity, Storage};
 
 pub(crate) const HEADER_BYTES: usize = 4096;
-const MAGIC: &[u8; 8] = b"vmfindex";
+pub(crate) const MAGIC: &[u8; 8] = b"vmfindex";
 const VERSION: u32 = 1;
 const CRC_START: usize = HEADER_BYTES - 4;
 

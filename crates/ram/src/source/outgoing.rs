@@ -123,6 +123,9 @@ struct State {
     requests: VecDeque<Run>,
     /// What a request without a name is about.
     last_block: Option<BlockIndex>,
+    /// The connection is not the first: a QEMU may not have noticed before its first request, which
+    /// names no block then. Its page comes with all others.
+    is_resumed: bool,
     /// What was requested, if that is to be kept.
     learnt: Vec<StoredRange>,
     /// Pages that the destination has not, once all blocks are known.
@@ -263,6 +266,7 @@ impl OutgoingRam {
         state.to_send = Some(to_send);
         state.requests.clear();
         state.last_block = None;
+        state.is_resumed = true;
         Ok(())
     }
 
@@ -367,6 +371,7 @@ impl State {
                 .by_name
                 .get(name)
                 .ok_or_else(|| RequestError::UnknownBlock(name.clone()))?,
+            None if self.is_resumed && self.last_block.is_none() => return Ok(false),
             None => self.last_block.ok_or(RequestError::NoBlock)?,
         };
         let Some(listed) = self.blocks.get(index.0) else {

@@ -273,7 +273,7 @@ impl Schedule {
 
     /// A host page of which a part is to be sent is to be sent whole.
     fn widen(&mut self) {
-        for block in &self.blocks {
+        for block in self.blocks.iter().filter(|block| block.host_pages > 1) {
             let mut page = 0;
             while let Some(start) = block.to_send.next_set(page) {
                 let first = start - start % block.host_pages;

@@ -85,8 +85,9 @@ pub struct Parked {
     pub ending: Ending,
     /// It came by postcopy.
     pub was_postcopy: bool,
-    /// The source was told; if not, it may take its guest back, or wait for ever.
-    pub source_told: bool,
+    /// Was the source told? If not, it may let its guest run on there. `None` if it does not listen: it
+    /// takes the end of its stream for success.
+    pub source_told: Option<bool>,
     /// Why there is no index although one was wanted. It can be made later.
     pub without_index: Option<ImageError>,
 }
@@ -352,6 +353,8 @@ impl Parker {
             source,
         })?;
         self.carry.clear();
+        // What nobody answered any more was asked on the connection that broke.
+        self.events.clear();
         self.payload = Payload::Kept;
         self.payload_left = 0;
         self.discard = None;
@@ -404,7 +407,7 @@ impl Parker {
             memory_bytes: self.memory.total_bytes,
             ending,
             was_postcopy: matches!(self.state, State::Over),
-            source_told: false,
+            source_told: None,
             without_index,
         })
     }

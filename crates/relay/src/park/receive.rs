@@ -26,6 +26,8 @@ const GREETING_PATIENCE: Duration = Duration::from_secs(10);
 const DESCRIPTION_PATIENCE: Duration = Duration::from_secs(10);
 /// How long a source may be silent that has heard of a failure.
 const SILENCE_PATIENCE: Duration = Duration::from_secs(30);
+/// How long a source may take to close when all is said.
+const FAREWELL_PATIENCE: Duration = Duration::from_millis(250);
 /// How often it is looked whether to stop.
 const TICK: Duration = Duration::from_millis(100);
 /// Figures are published whenever this much has come.
@@ -73,7 +75,10 @@ pub fn receive(
     let progress = parker.progress();
     match received.and_then(|()| parker.finish()) {
         Ok(mut parked) => {
-            parked.source_told = answers.say(&ReturnMessage::Shut(0));
+            parked.source_told = answers.is_open.then(|| {
+                let said = answers.say(&ReturnMessage::Shut(0));
+                said && reader.is_none_or(has_heard)
+            });
             published.update(|status| {
                 status.state = State::Completed;
                 status.durable = Some(true);
@@ -276,6 +281,19 @@ impl Receiver<'_> {
             }
             tell(status, &progress);
         });
+    }
+}
+
+/// The source closes when it has heard the last word; a connection that breaks may have lost it.
+fn has_heard(mut reader: Reader) -> bool {
+    let deadline = Instant::now() + FAREWELL_PATIENCE;
+    let mut buffer = [0; 64];
+    loop {
+        match reader.read_until(&mut buffer, Some(deadline)) {
+            Ok(0) | Err(ChannelError::TimedOut { .. }) => return true,
+            Ok(_) => {}
+            Err(_) => return false,
+        }
     }
 }
 

@@ -104,6 +104,20 @@ impl Qemu {
             .map_err(|error| self.not_understood(COMMAND, error.to_string()))
     }
 
+    /// The UUID of its guest; zeros if it has none.
+    ///
+    /// # Errors
+    /// Its monitor is gone.
+    pub fn uuid(&mut self) -> Result<[u8; 16], QemuError> {
+        const COMMAND: &str = "query-uuid";
+        let answer = self.execute(COMMAND, json!({}))?;
+        let text = answer.get("UUID").and_then(Value::as_str);
+        let digits = text.unwrap_or_default().replace('-', "");
+        u128::from_str_radix(&digits, 16)
+            .map(u128::to_be_bytes)
+            .map_err(|error| self.not_understood(COMMAND, error.to_string()))
+    }
+
     /// How its migration stands, be it out of it or into it.
     ///
     /// # Errors

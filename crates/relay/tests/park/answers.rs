@@ -141,7 +141,7 @@ fn sources_hear_what_they_wait_for() {
             .collect();
         expected.push(ReturnMessage::Shut(0));
         assert_eq!(heard, expected, "{name}");
-        assert!(parked.source_told, "{name}");
+        assert_eq!(parked.source_told, Some(true), "{name}");
         assert!(bytes_of(&parked.file) == park(&stream).unwrap(), "{name}");
         let status = published.get();
         assert_eq!(
@@ -168,7 +168,7 @@ fn a_source_that_does_not_listen_hears_nothing() {
             source.send(&stream);
             source.writer.shutdown().unwrap();
             let parked = receiver.join().unwrap().unwrap();
-            assert!(!parked.source_told);
+            assert_eq!(parked.source_told, None);
         });
         assert_eq!(source.hear_all(), []);
     }
@@ -390,7 +390,7 @@ fn a_broken_postcopy_waits_for_the_next_connection() {
             third.send(&next.rest(&received));
             receiver.join().unwrap().unwrap()
         });
-        assert!(parked.source_told && parked.was_postcopy);
+        assert!(parked.source_told == Some(true) && parked.was_postcopy);
         // The PING of the package is answered again: the answer may have been lost.
         assert_eq!(
             third.hear_all(),
@@ -430,4 +430,31 @@ fn a_broken_postcopy_can_be_given_up() {
         "{text}"
     );
     assert_eq!(published.get().state, State::Failed);
+}
+
+/// A connection that breaks may have lost the last word: then the source lets its guest go on.
+#[test]
+fn a_source_that_broke_off_was_not_told() {
+    let stream = capture("return-path-100.fwd");
+    let (here, there) = std::os::unix::net::UnixStream::pair().unwrap();
+    let (last, published, stop) = (
+        Stop::new().unwrap(),
+        Published::default(),
+        Stop::new().unwrap(),
+    );
+    let there = std::os::fd::OwnedFd::from(there);
+    let direction = vmferry_channel::Direction::Incoming;
+    let channel = Channel::from_fd(there, direction, "the test", &last).unwrap();
+    let parked = thread::scope(|scope| {
+        let receiver = scope.spawn(|| receiving(channel, &published, &stop, no_other));
+        let mut here = here;
+        std::io::Write::write_all(&mut here, &stream).unwrap();
+        // The pong is not read: closing resets the connection.
+        while published.get().wire_bytes < stream.len() as u64 && !receiver.is_finished() {
+            thread::yield_now();
+        }
+        drop(here);
+        receiver.join().unwrap()
+    });
+    assert_eq!(parked.unwrap().source_told, Some(false));
 }

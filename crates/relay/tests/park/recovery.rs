@@ -195,3 +195,29 @@ fn only_a_package_lets_another_connection_go_on() {
     parker.push(&question).unwrap();
     assert_eq!(parker.heard().collect::<Vec<_>>(), [ParkEvent::Resume]);
 }
+
+/// Whoever connects in between may say anything; the next one is not answered for it.
+#[test]
+fn what_a_stranger_asked_is_not_answered_to_the_source() {
+    let stream = capture("postcopy-100.fwd");
+    let (expected, _, _) = read(&stream).unwrap();
+    let next = NextConnection::new(&stream, &expected);
+    let file = tempfile::tempfile().unwrap();
+    let mut parker = Parker::new(file, ParkOptions::default()).unwrap();
+    parker.push(&stream[..package_end(&stream)]).unwrap();
+    parker.heard().for_each(drop);
+    parker.interrupted().unwrap();
+    let mut words = Vec::new();
+    let resume = Record::Command(Command::PostcopyResume);
+    Encoder::new(true).record(&resume, &mut words);
+    words.extend([2, 0xff, 0xff, 0xff, 0xff]);
+    parker.push(&words).unwrap_err();
+    parker.interrupted().unwrap();
+    assert_eq!(parker.heard().count(), 0);
+    parker.push(&next.questions).unwrap();
+    let events: Vec<_> = parker.heard().collect();
+    let (last, questions) = events.split_last().unwrap();
+    assert_eq!(*last, ParkEvent::Resume);
+    let is_question = |event: &ParkEvent| matches!(event, ParkEvent::ReceivedBitmap(_));
+    assert!(questions.iter().all(is_question), "{questions:?}");
+}

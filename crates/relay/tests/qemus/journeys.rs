@@ -48,7 +48,7 @@ fn travels_as(
     let parked = parked.unwrap_or_else(|error| panic!("{from:?} {way:?}: {error}"));
     assert_eq!(
         (parked.was_postcopy, parked.source_told),
-        (way.postcopy, way.two_way)
+        (way.postcopy, way.two_way.then_some(true))
     );
     println!("{} bytes, {:?}", parked.bytes, status.total_time);
     source.migrated();

@@ -29,7 +29,7 @@ fn a_break_on_the_way_into_a_file_loses_nothing() {
         checker.goes_on(3);
         let (parked, _) = park(&mut source, &file, &way);
         let parked = parked.unwrap_or_else(|error| panic!("{from:?} {way:?}: {error}"));
-        assert!(parked.was_postcopy && parked.source_told);
+        assert!(parked.was_postcopy && parked.source_told == Some(true));
         source.migrated();
         let memory = memory_of(&mut source);
         drop(source);

@@ -72,7 +72,7 @@ fn answer(mut socket: UnixStream, mut rng: Option<Rng>) -> Arrived {
                 used += bytes;
                 match record {
                     Record::Command(Command::Ping(value)) => {
-                        say(&mut socket, &ReturnMessage::Pong(value))
+                        say(&mut socket, &ReturnMessage::Pong(value));
                     }
                     Record::Command(Command::Packaged { bytes }) => {
                         arrived.early = arrived.pages.len();

@@ -17,6 +17,7 @@ use crate::render::{self, Phase};
 const BUFFER_BYTES: usize = 1 << 20;
 
 pub(crate) fn run(flags: &ConvertFlags) -> Result<Exit, Failure> {
+    parked::check_index(flags.from.index.as_deref(), &[&flags.to.output])?;
     let output = Output::create(&flags.to, false)?;
     let image = parked::open(&flags.from, json_out(flags))?;
     let begun = Instant::now();

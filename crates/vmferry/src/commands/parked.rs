@@ -1,8 +1,12 @@
 //! Parked machines, as the commands that read them open them.
 
+use std::fs;
 use std::io::{self, Write};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+
 use vmferry_image::{FileStorage, Image, ImageError, IndexPlace, SnapshotStorage, Storage};
 
 use crate::exit::Failure;
@@ -21,6 +25,7 @@ pub(super) fn open(
         None => Arc::new(FileStorage::open(&flags.file, 0).map_err(refused)?),
         Some(name) => Arc::new(SnapshotStorage::open(&flags.file, name).map_err(refused)?),
     };
+    check_index(flags.index.as_deref(), &[&flags.file])?;
     let place = place(flags.index.as_deref());
     let mut course = Course::new(Phase::Indexing, json);
     let image = Image::open(storage, &place, &mut |progress| {
@@ -42,8 +47,37 @@ pub(super) fn verify(image: &Image, json: Option<Box<dyn Write>>) -> Result<(), 
     Ok(())
 }
 
+/// An index must not be any of the files that a command reads or writes.
+pub(super) fn check_index(index: Option<&Path>, others: &[&Path]) -> Result<(), Failure> {
+    let Some(index) = index else {
+        return Ok(());
+    };
+    match others.iter().any(|other| is_same_place(index, other)) {
+        false => Ok(()),
+        true => Err(Failure::usage(format!(
+            "--index {}: that is no place for an index, but one of the files themselves",
+            index.display()
+        ))),
+    }
+}
+
+/// Do these lead to one file, or would they, if it was made?
+fn is_same_place(left: &Path, right: &Path) -> bool {
+    let identity = |path: &Path| fs::metadata(path).map(|it| (it.dev(), it.ino()));
+    if let (Ok(left), Ok(right)) = (identity(left), identity(right)) {
+        return left == right;
+    }
+    let folder = |path: &Path| match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => fs::canonicalize(folder),
+        _ => fs::canonicalize("."),
+    };
+    let same_folder =
+        matches!((folder(left), folder(right)), (Ok(left), Ok(right)) if left == right);
+    same_folder && left.file_name() == right.file_name()
+}
+
 /// Where the index of a parked machine is.
-pub(super) fn place(index: Option<&std::path::Path>) -> IndexPlace {
+pub(super) fn place(index: Option<&Path>) -> IndexPlace {
     match index {
         Some(path) => IndexPlace::At(path.to_owned()),
         None => IndexPlace::Beside,

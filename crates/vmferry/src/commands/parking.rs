@@ -27,6 +27,7 @@ pub(super) fn create(
     index: Option<&Path>,
     made: &mut MadeFiles,
 ) -> Result<Parker, Failure> {
+    parked::check_index(index, &[path])?;
     let failed = |error: io::Error| {
         let message = format!("cannot save to {}: {error}", path.display());
         match error.kind() {
@@ -50,7 +51,14 @@ pub(super) fn create(
     // Its content is synced before the source is told; its name is durable from now on.
     folder.sync_all().map_err(failed)?;
     let index = Some((path.to_owned(), parked::place(index)));
-    Parker::new(file, ParkOptions { index }).map_err(|error| Failure::new(Exit::Failed, error))
+    Parker::new(file, ParkOptions { index }).map_err(Failure::refused)
+}
+
+/// The machine is whole here, and may run on there.
+pub(super) fn untold() -> Failure {
+    let message = "the connection broke before the source heard that its machine is parked";
+    Failure::new(Exit::Undecided, message)
+        .hint("see whether the guest runs on at the source, before this file is started anywhere")
 }
 
 /// Where the index of a parked machine lies.

@@ -556,10 +556,6 @@ mod tests {
                 "vmferry send f tcp:h:1 --postcopy --multifd-channels 2",
                 E::ArgumentConflict,
             ),
-            (
-                "vmferry send f tcp:h:1 --postcopy --resume --disk a=b",
-                E::ArgumentConflict,
-            ),
             ("vmferry convert f --to stream", E::MissingRequiredArgument),
             ("vmferry convert f -o g", E::MissingRequiredArgument),
             ("vmferry convert f -o g --to qcow2", E::InvalidValue),

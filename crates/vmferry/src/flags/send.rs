@@ -65,7 +65,10 @@ pub(crate) struct SendFlags {
     pub(crate) postcopy: bool,
     /// Go on with a postcopy that was interrupted; with a URI the destination must have been told
     /// where to wait (QMP migrate-recover)
-    #[arg(long, requires = "postcopy", conflicts_with_all = ["disk"])]
+    ///
+    /// FILE must be the same: nobody can tell pages of one machine from those of another. Disks are
+    /// there already, and do not travel again.
+    #[arg(long, requires = "postcopy")]
     pub(crate) resume: bool,
     /// Afterwards keep, with the index, what the guest asked for first: the next postcopy sends that
     /// first

@@ -281,3 +281,41 @@ fn what_cannot_work_is_said_in_one_line() {
     assert!(failure(&run(words), 2).contains("several connections"));
     assert!(!Path::new(&saved).exists() && !dir.path().join("target").exists());
 }
+
+/// An index takes the place of an index only.
+#[test]
+fn an_index_never_replaces_something_else() {
+    let dir = folder();
+    let image = capture(&dir, "pc-100");
+    let before = read(&image);
+    let name = Path::new(&image).file_name().expect("a name");
+    let link = dir.path().join("link");
+    std::os::unix::fs::symlink(&image, &link).expect("a link");
+    let around = dir.path().join(".").join(name);
+    let out = dir.path().join("out").to_string_lossy().into_owned();
+    for index in [Path::new(&image), &link, &around, Path::new(&out)] {
+        let index = index.to_str().expect("UTF-8");
+        let words = [
+            "convert", &image, "--index", index, "-o", &out, "--to", "stream",
+        ];
+        let error = refusal(&words, 2);
+        assert!(error.contains("no place for an index"), "{error}");
+        assert!(!Path::new(&out).exists());
+    }
+    let words = ["receive", "-", "--save", &out, "--index", &out];
+    assert!(refusal(&words, 2).contains("no place for an index"));
+    assert!(!Path::new(&out).exists());
+
+    // What is there and no index is left alone; the command works all the same.
+    let notes = dir.path().join("notes").to_string_lossy().into_owned();
+    fs::write(&notes, "not to be lost").expect("written");
+    succeeds(&[
+        "convert", &image, "--index", &notes, "-o", &out, "--to", "stream",
+    ]);
+    assert_eq!(read(&notes), b"not to be lost");
+    let other = format!("{out}.2");
+    let words = ["receive", "-", "--save", &other, "--index", &notes];
+    assert!(refusal(&words, 4).contains("not replaced"), "{words:?}");
+    assert!(!Path::new(&other).exists());
+    assert!(read(&image) == before);
+}

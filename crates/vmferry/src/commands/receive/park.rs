@@ -36,7 +36,10 @@ pub(super) fn run(path: &Path, flags: &ReceiveFlags) -> Result<Exit, Failure> {
     made.keep();
     let elapsed = published.get().total_time.unwrap_or_default();
     report.parked(path, &parked, elapsed)?;
-    Ok(Exit::Whole)
+    match parked.source_told {
+        Some(false) => Err(parking::untold()),
+        Some(true) | None => Ok(Exit::Whole),
+    }
 }
 
 fn receive(

@@ -37,7 +37,11 @@ pub(crate) fn run(flags: &SendFlags) -> Result<Exit, Failure> {
     if flags.verify {
         parked::verify(&image, json_out(flags))?;
     }
-    let disks = open_disks(&flags.disk)?;
+    // A guest that was interrupted has its disks.
+    let disks = match flags.resume {
+        true => Vec::new(),
+        false => open_disks(&flags.disk)?,
+    };
     let options = RestoreOptions {
         postcopy: flags.postcopy,
     };
@@ -110,14 +114,7 @@ fn start(
     if flags.resume {
         return RunningSource::take_up(job, machine, published);
     }
-    let source = RunningSource::start_machine(job, machine, published)?;
-    if flags.postcopy
-        && let Err(error) = source.start_postcopy()
-    {
-        // It is over already, and says so itself.
-        tracing::debug!(%error, "no postcopy");
-    }
-    Ok(source)
+    RunningSource::start_machine(job, machine, published)
 }
 
 fn parameters(flags: &SendFlags) -> Parameters {

@@ -169,15 +169,19 @@ impl Outcome {
                 format!("nobody knows whether the machine arrived: {why}"),
             )
             .hint("look at the destination before it is started anywhere else"),
+            // Started anew somewhere else, it would run twice.
             Self::Interrupted(why) => Failure::new(
-                Exit::Failed,
+                Exit::Undecided,
                 format!("interrupted, and the guest at the destination waits for its memory: {why}"),
             )
             .hint(match sets_up {
-                true => "the same command with --resume lets it go on",
+                true => {
+                    "start it nowhere else: the same command with --resume, and the same parked \
+                     machine, lets it go on"
+                }
                 false => {
-                    "QMP migrate-recover at the destination, then the same command with --resume and \
-                     the new address let it go on"
+                    "start it nowhere else: QMP migrate-recover at the destination, then the same \
+                     command with --resume, the same parked machine and the new address let it go on"
                 }
             }),
             Self::Lost(why) => Failure::new(
@@ -236,7 +240,7 @@ mod tests {
             (Outcome::Cancelled, Exit::Cancelled, "started anew"),
             (Outcome::Failed(why()), Exit::Failed, "try again"),
             (Outcome::Undecided(why()), Exit::Undecided, "look at"),
-            (Outcome::Interrupted(why()), Exit::Failed, "--resume"),
+            (Outcome::Interrupted(why()), Exit::Undecided, "--resume"),
             (Outcome::Lost(why()), Exit::Failed, "is lost"),
         ] {
             for sets_up in [true, false] {

@@ -30,11 +30,18 @@ pub(super) struct Connections {
     folder: Option<PrivateFolder>,
 }
 
+/// What is known of a destination beyond what the stream says.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Peculiar {
+    pub(super) flush: Option<Flush>,
+    pub(super) uuid: Option<[u8; 16]>,
+}
+
 impl Way {
     /// To the URI that was given.
     pub(super) fn open(flags: &SendFlags, stop: &Stop) -> Result<Self, Failure> {
         match &flags.uri {
-            Some(uri) => Self::to(uri, flags, None, stop),
+            Some(uri) => Self::to(uri, flags, Peculiar::default(), stop),
             // The options do not allow it.
             None => Err(Failure::usage("there is no destination")),
         }
@@ -46,22 +53,17 @@ impl Way {
         folder: PrivateFolder,
         at: &Uri,
         flags: &SendFlags,
-        flush: Option<Flush>,
+        peculiar: Peculiar,
         stop: &Stop,
     ) -> Result<Self, Failure> {
-        let mut way = Self::to(at, flags, flush, stop)?;
+        let mut way = Self::to(at, flags, peculiar, stop)?;
         if way.connections.splitting.is_some() {
             way.connections.folder = Some(folder);
         }
         Ok(way)
     }
 
-    fn to(
-        uri: &Uri,
-        flags: &SendFlags,
-        flush: Option<Flush>,
-        stop: &Stop,
-    ) -> Result<Self, Failure> {
+    fn to(uri: &Uri, flags: &SendFlags, peculiar: Peculiar, stop: &Stop) -> Result<Self, Failure> {
         let begun = Instant::now();
         let failed = |error: &dyn std::error::Error| match stop.is_triggered() {
             true => Failure::new(Exit::Cancelled, "cancelled before there was a connection"),
@@ -76,7 +78,8 @@ impl Way {
             });
         };
         let options = SplitOptions {
-            flush,
+            flush: peculiar.flush,
+            uuid: peculiar.uuid,
             ..SplitOptions::new(channels, flags.multifd.compression().into())
         };
         let split = vmferry_multifd::connect(uri, options, stop, CONNECT_PATIENCE);

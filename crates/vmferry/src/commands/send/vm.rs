@@ -8,7 +8,7 @@ use vmferry_multifd::Flush;
 use vmferry_qmp::types::{MigrationStatus, RunState};
 use vmferry_relay::qemu::{Before, Qemu, QemuError, Settings};
 
-use super::target::Way;
+use super::target::{Peculiar, Way};
 use crate::exit::{Exit, Failure};
 use crate::flags::SendFlags;
 
@@ -80,7 +80,11 @@ impl Vm {
         let version = self.qemu.version();
         let is_old = (version.major, version.minor) <= (8, 0);
         let flush = is_old.then_some(Flush::EachSection);
-        Way::within(folder, &at, flags, flush, stop)
+        let uuid = match flags.multifd.multifd_channels {
+            Some(_) => Some(self.qemu.uuid().map_err(refused)?),
+            None => None,
+        };
+        Way::within(folder, &at, flags, Peculiar { flush, uuid }, stop)
     }
 
     /// Wait for what it has to say, and see whether its guest runs.
