@@ -257,3 +257,49 @@ impl vmferry_image::Storage for Growing {
         self.file.mode()
     }
 }
+
+/// Where the records of pages are in an image.
+#[derive(Default)]
+struct PageRecords(Vec<u64>);
+
+impl vmferry_inspect::Visitor for PageRecords {
+    fn event(
+        &mut self,
+        event: vmferry_inspect::Event<'_>,
+    ) -> Result<(), vmferry_inspect::VisitError> {
+        use vmferry_stream::{RamRecord, Record};
+        if let vmferry_inspect::Event::Record(offset, Record::Ram(RamRecord::Page { .. })) = event {
+            self.0.push(offset);
+        }
+        Ok(())
+    }
+}
+
+/// The content is that of the page, and the record in front of it says another one: a QEMU that reads the
+/// image would put it there.
+#[test]
+fn a_page_whose_record_is_anothers_is_not_handed_out() {
+    let script = machine();
+    let parked = Parked::new(&script.bytes);
+    parked.open().unwrap();
+    let mut records = PageRecords::default();
+    vmferry_inspect::walk(&script.bytes[..], &mut records).unwrap();
+    let mut refused = 0;
+    for offset in records.0 {
+        // A bit of the page's number.
+        rot(&parked, offset + 6, 0x10);
+        let (image, walked) = parked.open_counting();
+        if let (Ok(image), 0) = (image, walked) {
+            let error = try_read_all(&image, 64).unwrap_err();
+            assert!(error.contains("its record is 0x"), "{error}");
+            assert!(error.contains(&format!("(byte {offset})")), "{error}");
+            refused += 1;
+        } else {
+            // It is one of those that are looked at when it is opened; its index goes.
+            fs::remove_file(parked.index()).ok();
+        }
+        rot(&parked, offset + 6, 0x10);
+        parked.open().unwrap();
+    }
+    assert!(refused > 10, "{refused}");
+}

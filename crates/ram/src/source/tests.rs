@@ -4,6 +4,7 @@ mod model;
 mod postcopy;
 mod precopy;
 mod snapshot;
+mod stored;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
