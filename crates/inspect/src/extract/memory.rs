@@ -537,6 +537,10 @@ impl MemoryImage {
 
 impl Visitor for MemoryImage {
     fn event(&mut self, event: Event<'_>) -> Result<(), VisitError> {
+        if let Event::Record(..) = &event {
+            // Payload that follows is this record's, and may be that of a section nobody knows.
+            self.incoming = Incoming::Nothing;
+        }
         match event {
             Event::Record(_, Record::Configuration(configuration)) => {
                 if let Some(bits) = configuration.page_bits {

@@ -127,6 +127,27 @@ fn the_last_of_a_pages_contents_counts() {
     );
 }
 
+/// A live section that nobody knows brings payload, too.
+#[test]
+fn payload_of_other_sections_is_no_page() {
+    let mut painter = listed(Blocks::Only, &[("m", 1)]);
+    painter.page("m", 0, 7).unwrap();
+    let section = vmferry_stream::Section {
+        kind: vmferry_stream::SectionKind::Part,
+        id: vmferry_stream::SectionId(9),
+        name: name("vfio"),
+        instance: vmferry_stream::InstanceId(0),
+        version: 1,
+    };
+    let record = Record::Section(section);
+    painter.0.event(Event::Record(0, &record)).unwrap();
+    painter.payload(&[1; 5000]).unwrap();
+    let (file, _) = painter.0.finish().unwrap();
+    let mut bytes = [0; 4096];
+    file.read_exact_at(&mut bytes, 0).unwrap();
+    assert_eq!(bytes, [7; 4096]);
+}
+
 #[test]
 fn changes_build_on_what_came_before_even_if_that_was_zero() {
     let mut memory = listed(Blocks::Only, &[("m", 3)]);
