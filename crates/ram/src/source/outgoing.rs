@@ -18,8 +18,8 @@ use crate::stored::StoredRange;
 /// has fewer threads that could wait for a page.
 pub(crate) const REQUESTS_MAX: usize = 1 << 16;
 
-/// Requests whose order is kept: 24 MiB.
-pub const LEARNT_MAX: usize = 1 << 20;
+/// Requests whose order is kept: as many as an image keeps, 1.5 MiB.
+pub const LEARNT_MAX: usize = 1 << 16;
 
 /// What is left is told exactly below this, unless somebody sets another limit.
 const EXACT_BELOW_BYTES: u64 = 64 << 20;
